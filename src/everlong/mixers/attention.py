@@ -1,0 +1,129 @@
+"""Full causal attention: the unbounded control every bounded memory is measured against.
+
+B batch, T time, D hidden_size, H heads, d = D / H, C places of the cache.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from everlong.ops import rotary
+from everlong.ops.ragged import common_value, write_at
+from everlong.registry import register
+from everlong.state import State, pad_length
+from everlong.stateful import Stateful, Trace
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """hidden_size and num_heads; dropout on the attention weights; capacity (tokens): a cache of
+    fixed size for streams known to end, such as a segment. None lets the cache grow."""
+
+    hidden_size: int
+    num_heads: int
+    dropout: float = 0.0
+    capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        check_heads(self.hidden_size, self.num_heads)
+        if self.capacity is not None and self.capacity < 1:
+            raise ValueError(f"capacity must be at least 1 token, got {self.capacity}")
+
+
+def check_heads(hidden_size: int, num_heads: int) -> None:
+    """`ValueError` unless hidden_size splits into heads of even width (rotary pairs)."""
+    if num_heads < 1 or hidden_size < 1 or hidden_size % (2 * num_heads):
+        raise ValueError(
+            f"hidden_size {hidden_size} must be a multiple of 2 * num_heads = {2 * num_heads}: "
+            "rotary positions turn pairs inside each head"
+        )
+
+
+class SelfAttention(nn.Module):
+    """The projections attention mixers share, with rotary positions and scaled dot products."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] -> queries, keys (both turned by their positions) and values [B, T, H, d]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        cos, sin = rotary.angles(position, x.shape[1], q.shape[-1], 10_000.0, q.dtype)
+        return rotary.apply(q, cos, sin), rotary.apply(k, cos, sin), v
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False
+    ) -> Tensor:
+        """q [B, T, H, d], k and v [B, K, H, d], mask Bool [B or 1, T, K] -> [B, T, D]."""
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=None if mask is None else mask[:, None],
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+        )
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@register(
+    "attention",
+    room="mixers",
+    config=AttentionConfig,
+    paper="Vaswani et al. 2017, arXiv 1706.03762",
+    keeps="writes every key and value, keeps all of them, forgets nothing: the state grows",
+    bounded=False,
+)
+class Attention(Stateful):
+    """Softmax attention over everything read so far (arXiv 1706.03762, eq. 1), rotary positions.
+
+    State: keys and values [B, C, H, d], key of stream position p at place p, and the clock
+    position [B]. C is the longest row so far (at least 1), or `capacity`; a stream longer than
+    `capacity` raises `ValueError`. Deviation from the paper: rotary instead of added positions, no
+    biases.
+    """
+
+    def __init__(self, config: AttentionConfig):
+        super().__init__()
+        self.config = config
+        self.attention = SelfAttention(config.hidden_size, config.num_heads, config.dropout)
+
+    def init_state(self, batch_size, *, device=None, dtype=None) -> State:
+        device, dtype = self._defaults(device, dtype)
+        heads, width = self.config.num_heads, self.config.hidden_size // self.config.num_heads
+        shape = (batch_size, self.config.capacity or 1, heads, width)
+        return {
+            "keys": torch.zeros(shape, device=device, dtype=dtype),
+            "values": torch.zeros(shape, device=device, dtype=dtype),
+            "position": torch.zeros(batch_size, device=device, dtype=torch.long),
+        }
+
+    def run(
+        self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
+    ) -> tuple[Tensor, State]:
+        position, length = state["position"], x.shape[1]
+        after = position + (length if lengths is None else lengths)
+        total, place = int(after.max()), common_value(position)
+        if self.config.capacity is not None and total > self.config.capacity:
+            raise ValueError(
+                f"the stream is {total} tokens long and this attention holds "
+                f"{self.config.capacity}: raise capacity, or use sliding_attention"
+            )
+        q, k, v = self.attention.project(x, position)
+        keys = write_at(pad_length(state["keys"], total), k, position, lengths)
+        values = write_at(pad_length(state["values"], total), v, position, lengths)
+        if place == 0:
+            y = self.attention.attend(q, k, v, None, causal=True)
+        else:
+            mask = None
+            if length > 1 or place is None:
+                clock = position if place is None else position[:1]
+                steps = clock[:, None] + torch.arange(length, device=x.device)
+                mask = torch.arange(total, device=x.device) <= steps[..., None]
+            y = self.attention.attend(q, keys[:, :total], values[:, :total], mask)
+        return y, {"keys": keys, "values": values, "position": after}

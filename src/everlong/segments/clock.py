@@ -1,0 +1,68 @@
+"""The segment clock: one loop that every segment-level memory shares, so that any cut is one cut.
+
+B batch, T time, S segment length.
+"""
+
+import torch
+from torch import Tensor
+
+from everlong import state as states
+from everlong.state import State, pad_length
+from everlong.stateful import Stateful, Trace
+
+
+class SegmentMemory(Stateful):
+    """A memory that is written when a row has delivered a whole segment.
+
+    The state holds `position`, the stream position Int [B]. Segments end at its multiples of
+    `period`, whatever the calls are. A call is cut into spans that end at the next boundary of any
+    row. A memory reads one in `span`, and does there the work of the rows that fill a segment with
+    it (eager: in the call that delivers the segment's last token).
+    """
+
+    def span(
+        self,
+        x: Tensor,
+        state: State,
+        lengths: Tensor | None,
+        full: Tensor | None,
+        trace: Trace | None,
+    ) -> tuple[Tensor, State]:
+        """Read x [B, n, ...], which crosses no boundary of any row, before the clock moves.
+
+        Rows `full` (Bool [B]; None: no row) fill their segment with x[:, -1]: write them.
+        """
+        raise NotImplementedError
+
+    def run(
+        self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
+    ) -> tuple[Tensor, State]:
+        outputs, start = [], 0
+        while start < x.shape[1]:
+            position = state["position"]
+            room = self.period - position % self.period
+            if lengths is None:
+                step = min(x.shape[1] - start, int(room.min()))
+                moved, inside = torch.full_like(position, step), None
+            else:
+                left = (lengths - start).clamp(min=0)
+                if not bool(left.any()):
+                    break
+                step = min(x.shape[1] - start, int(room[left > 0].min()))
+                moved = inside = left.clamp(max=step)
+            full = moved == room
+            full = full if bool(full.any()) else None
+            y, state = self.span(x[:, start : start + step], state, inside, full, trace)
+            state = {**state, "position": position + moved}
+            outputs.append(y)
+            start += step
+        if not outputs:  # every row is masked throughout
+            y, _ = self.span(x[:, :1], state, torch.zeros_like(state["position"]), None, None)
+            outputs.append(y)
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        return pad_length(y, x.shape[1]), state
+
+
+def choose_rows(rows: Tensor, a: State, b: State) -> State:
+    """`state.where`, without the copy when every row is chosen."""
+    return a if bool(rows.all()) else states.where(rows, a, b)

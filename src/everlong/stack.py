@@ -1,0 +1,170 @@
+"""Blocks of mixers: the core every model and every segment memory is built around.
+
+B batch, T time, D hidden_size, N rows of a memory that is read, F intermediate_size.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from everlong import registry
+from everlong.state import State
+from everlong.stateful import Stateful, Trace
+
+Memory = tuple[Tensor, Tensor | None]  # what a block may read: [B, N, D] and its mask Bool [B, N]
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """layers: the mixer of each layer, by name; mixers: options by mixer name; capacity (tokens):
+    bound for unbounded mixers in a stream that ends there, such as a segment."""
+
+    hidden_size: int
+    num_heads: int
+    layers: tuple[str, ...] = ("attention",)
+    mixers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    intermediate_size: int | None = None
+    dropout: float = 0.0
+    capacity: int | None = None
+
+    @property
+    def feed_forward_size(self) -> int:
+        """8/3 of the width, in multiples of 32, unless given: SwiGLU with a 4 D network's cost."""
+        return self.intermediate_size or -(-8 * self.hidden_size // 96) * 32
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * value)
+
+
+class Read(nn.Module):
+    """Cross attention from tokens to the rows of a memory, without positions.
+
+    Slots are unit vectors; `scale` brings their entries to the size of a normalised token's, which
+    is a reparameterisation of the key and value maps.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, scale: float = 1.0, dropout: float = 0.0):
+        super().__init__()
+        self.num_heads, self.scale, self.dropout = num_heads, scale, dropout
+        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.key_value = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, memory: Memory, trace: Trace | None = None) -> Tensor:
+        """x [B, T, D], memory ([B, N, D], Bool [B, N] or None) -> [B, T, D]."""
+        rows, mask = memory
+        q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        kv = self.key_value(rows.to(x.dtype) * self.scale).unflatten(-1, (2, self.num_heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        if mask is not None:
+            mask = mask[:, None, None]
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        if trace is not None:
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            trace.record("read", scores.softmax(-1).mean(1))
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm block: mixer, then (where something is to be read) a read, then feed-forward."""
+
+    def __init__(self, mixer: Stateful, reader: Read | None, config: StackConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.mixer_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mixer = mixer
+        self.read_norm = None if reader is None else nn.RMSNorm(width, eps=1e-6)
+        self.reader = reader
+        self.feed_norm = nn.RMSNorm(width, eps=1e-6)
+        self.feed_forward = FeedForward(width, config.feed_forward_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State,
+        lengths: Tensor | None,
+        trace: Trace | None,
+        memory: Memory | None,
+    ) -> tuple[Tensor, State]:
+        y, state = self.mixer(self.mixer_norm(x), state, trace=trace, lengths=lengths)
+        x = x + self.dropout(y)
+        if self.reader is not None and self.read_norm is not None:
+            assert memory is not None, "a block with a reader is called with a memory"
+            x = x + self.dropout(self.reader(self.read_norm(x), memory, trace))
+        return x + self.dropout(self.feed_forward(self.feed_norm(x))), state
+
+
+class Stack(Stateful):
+    """Blocks in a row and a final norm: [B, T, D] -> [B, T, D]; the state is one entry a layer.
+
+    `reader` makes the read sub-layer of each block; `run` is then given `memory`.
+    """
+
+    def __init__(self, config: StackConfig, reader: Callable[[], Read] | None = None):
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(
+            Block(self._mixer(name), reader() if reader else None, config) for name in config.layers
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self._scale_residual_outputs()
+
+    def _mixer(self, name: str) -> Stateful:
+        entry = registry.memory_entry(name)
+        if entry.room != "mixers":
+            raise ValueError(f"{name} lives in {entry.room}/ and cannot be a layer")
+        options: dict[str, Any] = {"num_heads": self.config.num_heads}
+        if "dropout" in entry.fields:
+            options["dropout"] = self.config.dropout
+        if not entry.bounded and self.config.capacity is not None:
+            options["capacity"] = self.config.capacity
+        options |= self.config.mixers.get(name, {})
+        return registry.create_memory(name, hidden_size=self.config.hidden_size, **options)
+
+    @torch.no_grad()
+    def _scale_residual_outputs(self) -> None:
+        """Each layer adds several branches: shrink them so that the sum starts at unit scale."""
+        for block in self.blocks:
+            block.feed_forward.down.weight.div_((2 * len(self.blocks)) ** 0.5)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the state keeps its size for ever (with a capacity it does until it is full)."""
+        return all(registry.memory_entry(name).bounded for name in self.config.layers)
+
+    def init_state(self, batch_size, *, device=None, dtype=None) -> State:
+        return tuple(
+            block.mixer.init_state(batch_size, device=device, dtype=dtype) for block in self.blocks
+        )
+
+    def run(
+        self,
+        x: Tensor,
+        state: State,
+        lengths: Tensor | None,
+        trace: Trace | None,
+        memory: Memory | None = None,
+    ) -> tuple[Tensor, State]:
+        states = []
+        for block, layer_state in zip(self.blocks, state, strict=True):
+            x, layer_state = block(x, layer_state, lengths, trace, memory)
+            states.append(layer_state)
+        return self.norm(x), tuple(states)

@@ -1,0 +1,1 @@
+"""One decoder, Memformer's encoder-decoder, and the bridge to Hugging Face transformers."""

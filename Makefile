@@ -43,7 +43,8 @@ define install
 	@if [ -e $(VENV).incomplete ] || ! [ -x $(BIN)/python ]; then \
 	  touch $(VENV).incomplete && $(PYTHON) -m venv --clear $(VENV); fi
 	@touch $(VENV).incomplete
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e $(1)
+	@echo "Installing into $(VENV): about 1.4 GB and, the first time, a few minutes"
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e $(1)
 	@rm $(VENV).incomplete
 	@touch $(2)
 endef

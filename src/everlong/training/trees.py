@@ -43,7 +43,8 @@ def detach(leaf: Any) -> Any:
 def leaf_name(tree: Any, index: int) -> str:
     """The path of a leaf, as in "layers.0.keys"; "" for a tree that is one leaf."""
     path, _ = _pytree.tree_flatten_with_path(tree)[0][index]
-    return ".".join(str(next(iter(vars(entry).values()))) for entry in path)
+    kinds = ("key", "idx", "name")  # of a dict, a sequence, an object
+    return ".".join(str(getattr(e, kind)) for e in path for kind in kinds if hasattr(e, kind))
 
 
 def same_bits(a: Any, b: Any) -> bool:

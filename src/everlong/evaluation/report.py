@@ -1,0 +1,65 @@
+"""What a run looks like: its curves as a picture."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from everlong.errors import UserError
+from everlong.training.run import read_metrics
+
+_SMOOTHING = 0.8  # weight of the past in the drawn average
+
+
+def plot_curves(metrics: Path | str, png: Path | str) -> Path:
+    """Draw bits per byte, and beneath learning rate and gradient norm, against tokens read.
+
+    `metrics` is a run's metrics.jsonl. No display is needed. Raises `UserError` for an empty file.
+    """
+    lines = read_metrics(Path(metrics))
+    if not lines:
+        raise UserError(f"{metrics} holds no finished step: there is nothing to draw")
+    tokens = [line["tokens"] for line in lines]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+
+    bits = [line["bits_per_byte"] for line in lines]
+    upper.plot(tokens, bits, color="tab:blue", alpha=0.25, linewidth=1, label="training")
+    upper.plot(tokens, _smooth(bits), color="tab:blue", label="training, running mean")
+    checked = [line for line in lines if "validation_bits_per_byte" in line]
+    if checked:
+        upper.plot(
+            [line["tokens"] for line in checked],
+            [line["validation_bits_per_byte"] for line in checked],
+            "o-",
+            color="tab:orange",
+            markersize=4,
+            label=f"validation (last {checked[-1]['validation_bits_per_byte']:.3f})",
+        )
+    upper.set_ylabel("bits per byte")
+    upper.legend()
+    upper.grid(alpha=0.3)
+
+    rates = [line["learning_rate"] for line in lines]
+    lower.plot(tokens, rates, color="tab:green")
+    lower.set_ylabel("learning rate", color="tab:green")
+    lower.set_xlabel("tokens read in training")
+    lower.xaxis.set_major_formatter(EngFormatter(sep=""))
+    lower.grid(alpha=0.3)
+    norms = lower.twinx()
+    norms.plot(tokens, [line["grad_norm"] for line in lines], color="tab:gray", alpha=0.5)
+    norms.set_yscale("log")
+    norms.set_ylabel("gradient norm", color="tab:gray")
+    figure.savefig(png, dpi=120)
+    return Path(png)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential running mean, unbiased from the first value on."""
+    total = weight = 0.0
+    smooth = []
+    for value in values:
+        total = _SMOOTHING * total + (1 - _SMOOTHING) * value
+        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        smooth.append(total / weight)
+    return smooth

@@ -66,20 +66,19 @@ class Face(nn.Module):
         super().__init__()
         self.model = model
         self.period = model.period
-        self.init_state, self.reset = model.init_state, model.reset
+        self.init_state, self.reset, self.advance = model.init_state, model.reset, model.advance
 
     def forward(self, x: Tensor, state: Any = None, mask: Tensor | None = None) -> Any:
         return self.model.stream(x, state, mask)
 
 
-def memory_case(name: str) -> Case:
-    """A registered memory at its test size."""
+def memory_case(name: str, **chosen: Any) -> Case:
+    """A registered memory at its test size, with the options of a variant where some are chosen."""
     entry = memory_entry(name)
 
     def create(**options: Any) -> Any:
-        return everlong.create_memory(
-            name, **{"size": "small", "hidden_size": 24, "num_heads": 3, **options}
-        )
+        sizes = {"size": "small", "hidden_size": 24, "num_heads": 3}
+        return everlong.create_memory(name, **{**sizes, **chosen, **options})
 
     def make(dropout: float) -> Any:
         return create(**({"dropout": dropout} if "dropout" in entry.fields else {}))

@@ -128,3 +128,32 @@ def check_truncation(case: Case) -> None:
     if not case.tokens:
         assert whole["segment 2"].any(), "no gradient reaches the segment before the last"
         assert cut["segment 2"].any(), "truncation at 2 cut between segments 2 and 3"
+
+
+def check_advance(case: Case) -> None:
+    """`advance` gives the state of a call with outputs, under a mask and with dropout on too: its
+    random draws are the first that such a call makes, or replay's two sweeps would differ."""
+    memory = case.build(DROPOUT).train()
+
+    @torch.no_grad()
+    def compare(before: int, length: int, masked: bool, seed: int) -> None:
+        found = []
+        x = case.inputs(2, length, seed)
+        mask = torch.ones(2, length, dtype=torch.bool)
+        mask[0, : length // 2] = not masked
+        for alone in (True, False):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                _, state = memory(case.inputs(2, before, 8))
+                if alone:
+                    found.append(memory.advance(x, state, mask))
+                else:
+                    found.append(memory(x, state, mask)[1])
+        what = f"state of advance, {length} positions after {before}, masked {masked}"
+        assert_states(*found, what, case.bounded)
+
+    period = memory.period
+    before, length = st.integers(1, period + 1), st.integers(1, 2 * period + 1)
+    for ahead in range(1, period + 1):
+        compare(ahead, period - ahead + 1, False, 0)
+    by_hypothesis(before, length, st.booleans(), seeds, examples=10)(compare)

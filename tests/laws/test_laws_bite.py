@@ -55,11 +55,12 @@ LIARS = {  # law: {liar: what the check says of it}
         toys.CountsInBuffer: "seen after reading",
     },
     "6 replay": {toys.DropsTheGenerator: "segments of", toys.HidesState: "segments of"},
+    "6 advance": {toys.AdvancesOtherwise: "state of advance"},
     "6 truncation": {toys.DetachesAtCalls: "no gradient reaches"},
     "7 saved": {toys.KeepsMapOutside: "outputs after loading"},
     "7 precision": {toys.Overflows: "not finite", toys.ChangesDtype: "leaf 'part' is"},
     "7 accumulators": {toys.LowAccumulator: "leaf 'part'", toys.LowDecay: "leaf 'mean'"},
-    "7 far": {toys.RoundsFarPositions: "position 10,000,000"},
+    "7 far": {toys.RoundsFarPositions: "at position 10,000,000"},
     "9 options": {toys.SwallowsOptions: "was accepted"},
     "9 shapes": {toys.AcceptsAnyWidth: "width 7", toys.BroadcastsMask: "a mask"},
 }

@@ -352,6 +352,17 @@ class DropsTheGenerator(SegmentMean):
         return super().step(x, state)
 
 
+class AdvancesOtherwise(SegmentMean):
+    """Skips the outputs, and with them the dropout that is drawn between two writes."""
+
+    def advance(self, x, state=None, mask=None):
+        self.eval()
+        try:
+            return super().advance(x, state, mask)
+        finally:
+            self.train()
+
+
 # Law 7
 
 

@@ -1,0 +1,6 @@
+"""`import everlong.auto`: from then on transformers' Auto classes and pipelines load our models."""
+
+from everlong.models.config import EverlongConfig
+from everlong.models.hub import EverlongForCausalLM
+
+__all__ = ["EverlongConfig", "EverlongForCausalLM"]

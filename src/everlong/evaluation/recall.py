@@ -1,0 +1,197 @@
+"""The recall toy over seeds: does the memory carry one symbol across distracting segments?
+
+Subjects are Memformer's two forms; controls are the same weights with the memory wiped at every
+segment, a horizon of one segment, and sliding-window attention of equal width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from everlong.models.config import EverlongConfig
+from everlong.models.hub import EverlongForCausalLM
+from everlong.provenance import write_results
+from everlong.state import State
+from everlong.tasks.recall import IGNORED, RecallBatch, RecallConfig, make_batch
+from everlong.training.horizon import Horizon
+
+_T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % of Student's t, by number of seeds
+_HELD_OUT = 1_000_003  # added to a seed: test items are another stream
+
+
+@dataclass(frozen=True)
+class RecallRun:
+    """One training of the toy, about half a minute on one core."""
+
+    steps: int = 700
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    hidden_size: int = 32
+    num_heads: int = 4
+    num_slots: int = 4
+    test_items: int = 512
+    distractors: tuple[int, ...] = (0, 4, 8, 32)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained: the model's layers, its segment memory, and how far gradients go."""
+
+    num_layers: int
+    segment: Mapping[str, Any] | None = None
+    mixers: Mapping[str, Mapping[str, Any]] | None = None
+    layers: tuple[str, ...] = ("attention",)
+    truncate: int | None = None
+
+
+def subjects(task: RecallConfig, run: RecallRun) -> dict[str, Subject]:
+    """Both forms, each with a horizon of one, and the control without a memory."""
+    slots = {"name": "memformer", "segment_length": task.segment_length, "num_slots": run.num_slots}
+    both = {**slots, "encoder_layers": 1}
+    window = {"sliding_attention": {"window": task.segment_length}}
+    return {
+        "encoder-decoder": Subject(1, both),
+        "causal": Subject(2, slots),
+        "encoder-decoder, horizon 1": Subject(1, both, truncate=1),
+        "causal, horizon 1": Subject(2, slots, truncate=1),
+        "sliding window": Subject(2, None, window, ("sliding_attention",)),
+    }
+
+
+def build(subject: Subject, task: RecallConfig, run: RecallRun, seed: int) -> EverlongForCausalLM:
+    """The subject's model; one id more than the task's stands for bos."""
+    torch.manual_seed(seed)
+    return EverlongForCausalLM(
+        EverlongConfig(
+            vocab_size=task.vocab_size + 1,
+            bos_token_id=task.vocab_size,
+            eos_token_id=None,
+            pad_token_id=None,
+            hidden_size=run.hidden_size,
+            num_heads=run.num_heads,
+            num_layers=subject.num_layers,
+            layers=list(subject.layers),
+            mixers={k: dict(v) for k, v in (subject.mixers or {}).items()},
+            segment=None if subject.segment is None else dict(subject.segment),
+        )
+    )
+
+
+def train(
+    subject: Subject,
+    task: RecallConfig,
+    run: RecallRun,
+    seed: int,
+    on_step: Callable[[int, float], None] | None = None,
+) -> EverlongForCausalLM:
+    """Train on items (seed, 0 ...) by replay over the whole item, segment by segment."""
+    model = build(subject, task, run, seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=run.learning_rate)
+    horizon = Horizon("replay", truncate=subject.truncate)
+
+    def step(segment: tuple[torch.Tensor, ...], state: State) -> tuple[torch.Tensor, State]:
+        inputs, targets, mask = segment
+        logits, state = model.stream(inputs, state, mask)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return loss / len(inputs), state
+
+    for index in range(run.steps):
+        first = index * run.batch_size
+        batch = make_batch(task, seed, range(first, first + run.batch_size))
+        parts = (batch.inputs, batch.targets, batch.mask)
+        segments = list(zip(*(part.split(task.segment_length, 1) for part in parts), strict=True))
+        optimiser.zero_grad()
+        loss, _ = horizon(step, segments, model.init_state(run.batch_size), [1.0] * len(segments))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        if on_step is not None:
+            on_step(index + 1, float(loss))
+    return model
+
+
+@torch.no_grad()
+def accuracy(
+    model: EverlongForCausalLM, batch: RecallBatch, segment_length: int, wipe: bool = False
+) -> float:
+    """Share of queries answered; `wipe` starts every segment from a fresh state."""
+    logits, state = [], model.init_state(len(batch.inputs))
+    everyone = torch.ones(len(batch.inputs), dtype=torch.bool)
+    parts = (batch.inputs, batch.mask)
+    for inputs, mask in zip(*(part.split(segment_length, 1) for part in parts), strict=True):
+        if wipe:
+            state = model.reset(state, everyone)
+        found, state = model.stream(inputs, state, mask)
+        logits.append(found)
+    return float(batch.correct(torch.cat(logits, 1)).float().mean())
+
+
+def measure(
+    model: EverlongForCausalLM, task: RecallConfig, run: RecallRun, seed: int, wipe: bool = False
+) -> dict[int, float]:
+    """Accuracy by number of distractor segments, on items the training never saw."""
+    found = {}
+    for count in run.distractors:
+        fixed = RecallConfig(**{**asdict(task), "min_distractors": count, "max_distractors": count})
+        batch = make_batch(fixed, seed + _HELD_OUT, range(run.test_items))
+        found[count] = accuracy(model.eval(), batch, task.segment_length, wipe)
+    return found
+
+
+def compare(
+    task: RecallConfig,
+    run: RecallRun,
+    seeds: Sequence[int],
+    on_result: Callable[[str, int, dict[int, float]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Every subject and control over the seeds: rows of name, seed, distractors, accuracy."""
+    rows = []
+    for name, subject in subjects(task, run).items():
+        for seed in seeds:
+            model = train(subject, task, run, seed)
+            cases = {name: False}
+            if subject.segment is not None and subject.truncate is None:
+                cases[f"{name}, memory wiped"] = True
+            for case, wipe in cases.items():
+                found = measure(model, task, run, seed, wipe)
+                if on_result is not None:
+                    on_result(case, seed, found)
+                rows += [
+                    {"name": case, "seed": seed, "distractors": count, "accuracy": value}
+                    for count, value in found.items()
+                ]
+    return rows
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean over seeds with a 95 % interval (Student's t), by name and number of distractors."""
+    groups: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["name"], row["distractors"]), []).append(row["accuracy"])
+    return [
+        {
+            "name": name,
+            "distractors": count,
+            "mean": mean(values),
+            "interval": _T95[len(values)] * stdev(values) / len(values) ** 0.5
+            if len(values) in _T95
+            else None,
+            "worst": min(values),
+            "best": max(values),
+        }
+        for (name, count), values in groups.items()
+    ]
+
+
+def write(
+    path: Path, task: RecallConfig, run: RecallRun, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """The rows and their summary as JSON with provenance."""
+    config = {"task": asdict(task), "run": asdict(run)}
+    write_results(path, "everlong bench recall", config, summary=summary(rows), rows=list(rows))

@@ -1,0 +1,95 @@
+"""The `everlong` command. Each command is a file, imported only when it is called."""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from everlong.errors import Interrupted, UserError
+
+_COMMANDS = {
+    "train": "Train a model from a recipe, or go on with a run.",
+    "evaluate": "Bits per byte of a run's model on a text.",
+    "generate": "Continue a text with a run's model, or read one for ever.",
+    "list": "The memories everlong knows, with their bytes of state.",
+    "show": "One memory: what it keeps, its options and their defaults.",
+    "env": "Versions and hardware, for a bug report.",
+}
+_BENCHES = {
+    "replay": "Memory replay against back-propagation through time: memory and time.",
+    "recall": "Train the recall task and its controls over three seeds.",
+}
+
+
+def build_app():
+    """The parser: commands are import strings, so `--help` loads none of them."""
+    from cyclopts import App
+
+    from everlong import __version__
+
+    about = "Memory for sequence models: read streams far longer than a context window."
+    app = App(
+        name="everlong",
+        help=about,
+        version=__version__,
+        help_format="plaintext",
+        suppress_keyboard_interrupt=False,
+    )
+    for name, line in _COMMANDS.items():
+        function = "list_command" if name == "list" else name
+        app.command(f"everlong.cli.{name}:{function}", name=name, help=line)
+    bench = App(name="bench", help="Measure everlong on this machine.", help_format="plaintext")
+    for name, line in _BENCHES.items():
+        bench.command(f"everlong.cli.bench:{name}", name=name, help=line)
+    app.command(bench)
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; what a user can put right is one line, code 2."""
+    from cyclopts import CycloptsError
+
+    try:
+        code = build_app()(
+            argv,
+            print_error=False,
+            exit_on_error=False,
+            result_action="return_value",
+        )
+        sys.stdout.flush()
+        return code or 0
+    except CycloptsError as error:
+        return _say(f"{error} See `everlong --help`.")
+    except KeyboardInterrupt:
+        return _say("interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        # The reader left (`| head`): nothing is wrong. Python flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Interrupted as stop:
+        return _say(str(stop), stop.exit_code)
+    except (ValueError, OSError) as error:
+        if not _is_for_the_user(error):
+            raise
+        return _say(_words(error))
+
+
+def _words(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _is_for_the_user(error: ValueError | OSError) -> bool:
+    """A file that cannot be used, or a ValueError of ours: any other is a bug, shown whole."""
+    if isinstance(error, OSError):
+        return error.errno is not None
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return bool(trace) and trace.tb_frame.f_globals.get("__name__", "").startswith("everlong.")
+
+
+def _say(message: str, code: int = UserError.exit_code) -> int:
+    print("everlong: " + " ".join(message.split()), file=sys.stderr)
+    return code

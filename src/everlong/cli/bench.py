@@ -1,0 +1,77 @@
+"""`everlong bench`: measurements of this machine, as a table and as JSON with provenance."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def replay(*, out: Path = Path("bench"), quick: Annotated[bool, Parameter(negative=())] = False):
+    """Memory replay against back-propagation through time and gradient checkpointing.
+
+    Parameters
+    ----------
+    out
+        The folder that replay.json and replay.png are written to.
+    quick
+        Few segments and few rounds: a minute instead of ten.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from everlong.cli.progress import size
+    from everlong.evaluation import replay_cost
+
+    config = replay_cost.ReplayCost()
+    if quick:
+        config = replay_cost.ReplayCost(counts=(2, 4, 8), rounds=3)
+    rows = replay_cost.measure(config, _say)
+    table = Table(box=None, pad_edge=False)
+    names = ("net on the state path", "segments", "method", "forwards", "backwards")
+    for name in (*names, "saved", "peak", "time / BPTT", "theory", "gradient difference"):
+        table.add_column(name, justify="left" if name in names[::2] else "right")
+    for row in rows:
+        table.add_row(
+            row["form"],
+            str(row["segments"]),
+            "BPTT" if row["method"] == "full" else row["method"],
+            str(row["forwards"]),
+            str(row["backwards"]),
+            size(row["saved_bytes"]),
+            size(row["live_bytes"]),
+            f"{row['times_bptt']:.2f}",
+            f"{row['theory']:.2f}" if "theory" in row else "",
+            f"{row['gradient_difference']:.1e}",
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    command = "everlong bench replay" + (" --quick" if quick else "")
+    replay_cost.write(config, rows, out / "replay.json", out / "replay.png", command)
+    print(f"written to {out}")
+
+
+def recall(
+    recipe: str = "recall",
+    *,
+    changes: Annotated[tuple[str, ...], Parameter(name="--set", negative=())] = (),
+    out: Path = Path("bench"),
+) -> None:
+    """Train the recall task: both forms of Memformer and their controls, over seeds.
+
+    Parameters
+    ----------
+    recipe
+        A recipe with a [task] section.
+    changes
+        section.key=value, over what the recipe says; may be repeated.
+    out
+        The folder that recall.json is written to.
+    """
+    from everlong import recipes
+    from everlong.cli.recall import bench_recall
+
+    bench_recall(recipes.load(recipe, changes), out / "recall.json", _say)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

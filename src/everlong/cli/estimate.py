@@ -1,0 +1,70 @@
+"""`everlong train --dry-run`: what a recipe would take. Nothing is written."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from everlong.cli.train import Plan
+
+_WORDS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimiser (AdamW)",
+    "states": "states carried and kept for the sweep back",
+    "activations": "activations",
+}
+
+
+def print_estimate(plan: "Plan") -> None:
+    """Parameters, bytes of state, tokens a step, and the memory training would hold."""
+    from everlong import state as states
+    from everlong.cli.prepare import build, model_config, twin_config
+    from everlong.cli.progress import size
+    from everlong.evaluation.cost import estimate_training
+
+    model = build(model_config(plan.recipe, plan.texts), plan.config.seed)
+    config = plan.config.for_model(model)
+    length, rows = config.segment_length, config.batch_size
+    assert length is not None
+    held = states.num_bytes(model.init_state(1))
+    texts, tokens = plan.texts, rows * config.segments * length
+    print(f"parameters: {model.num_parameters():,}")
+    if plan.recipe.twin:
+        twin = build(twin_config(model.config, length), config.seed)
+        print(f"parameters of the twin: {twin.num_parameters():,}")
+    print(f"bytes of state: {held:,} a stream, {rows * held:,} for {rows} rows")
+    print(f"tokens a step: {tokens:,} ({rows} rows x {config.segments} segments x {length})")
+    share = config.steps * tokens / sum(texts.train.lengths)
+    print(f"steps: {config.steps:,}, {share:.2f} times the {texts.train.num_bytes:,} bytes of text")
+    buffered, alive = _horizon(config)
+    found = estimate_training(
+        model, _segment(length), _step(model), rows=rows, buffered=buffered, alive=alive
+    )
+    print(f"memory for training: about {size(found.total)} (besides torch itself), of which")
+    for name, value in asdict(found).items():
+        print(f"  {size(value):>9}  {_WORDS[name]}")
+
+
+def _horizon(config: Any) -> tuple[int, int]:
+    """States kept at once, and segments with a graph at once."""
+    if config.horizon in ("replay", "checkpoint"):
+        return config.segments + 1, 1
+    return 1, min(config.truncate or config.segments, config.segments)
+
+
+def _segment(length: int) -> Any:
+    import torch
+
+    def make(rows: int) -> Any:
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        return {"inputs": ids, "targets": ids}
+
+    return make
+
+
+def _step(model: Any) -> Any:
+    from contextlib import nullcontext
+
+    from everlong.training.learner import segment_step
+
+    return segment_step(model, nullcontext)

@@ -1,0 +1,165 @@
+"""What a finished training is worth: the table, the curves, and a passage continued."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from itertools import chain, cycle
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from everlong.errors import UserError
+
+if TYPE_CHECKING:
+    from everlong.cli.prepare import Texts
+    from everlong.training.config import TrainConfig
+
+Results = dict[str, Any]
+STREAMED = (10, 1000)  # segments after which the bytes of state are measured
+_PASSAGE, _SHOWN, _CONTINUED = 4096, 160, 320  # tokens read before, shown of them, made
+
+
+def evaluate(
+    model: Any, twin: Any | None, texts: "Texts", config: "TrainConfig", run_dir: Path
+) -> Results:
+    """Measure, write results.json and curves.png into the run folder, and return the results."""
+    from everlong.evaluation.report import plot_curves
+    from everlong.provenance import write_results
+
+    print("measuring on the validation text", file=sys.stderr)
+    length = config.segment_length
+    assert length is not None
+    names = model.config.segment, "+".join(dict.fromkeys(model.config.layer_names))
+    name = names[0]["name"] if names[0] else names[1]
+    rows = [_row(name, model, texts, length, run_dir)]
+    if length % model.period == 0:
+        wiped = _bits(model, texts, length, wipe=True)
+        rows.append({"name": f"{name}, wiped at every segment", "bits_per_byte": wiped})
+    if twin is not None:
+        about = f"no memory: a window of {length} tokens"
+        rows.append(_row(about, twin, texts, length, run_dir / "twin"))
+    found = {"steps": config.steps, "segment_length": length, "rows": rows}
+    described = {"model": model.config.to_dict(), "train": asdict(config)}
+    aside = run_dir / ".results.json.part"
+    write_results(aside, "everlong train", described, **found)
+    plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+    os.replace(aside, _file(run_dir))  # last: where it lies, the run is finished
+    return found
+
+
+def _row(name: str, model: Any, texts: "Texts", length: int, run_dir: Path) -> dict[str, Any]:
+    from everlong.evaluation.cost import stream_bytes
+    from everlong.training.run import read_metrics
+
+    speeds = [line["tokens_per_s"] for line in read_metrics(run_dir / "metrics.jsonl")]
+    bounded = is_bounded(model.config)
+    measured = STREAMED if bounded else STREAMED[:1]  # reading on costs more and more
+    return {
+        "name": name,
+        "bits_per_byte": _bits(model, texts, length, wipe=False),
+        "tokens_per_s": median(speeds) if speeds else None,
+        "state_bytes": stream_bytes(model, _blocks(model, texts, length), measured),
+        "parameters": model.num_parameters(),
+    }
+
+
+def _bits(model: Any, texts: "Texts", length: int, wipe: bool) -> float:
+    from everlong.evaluation.language import bits_per_byte
+
+    found = bits_per_byte(
+        model, texts.validation, segment_length=length, wipe=wipe, batch_size=_ROWS, segments=4
+    )
+    return found.bits_per_byte
+
+
+_ROWS = 8
+
+
+def _blocks(model: Any, texts: "Texts", length: int) -> Any:
+    """The training text as one endless stream of segments, Int [1, S]."""
+    import torch
+
+    from everlong.tasks.text import encode
+
+    device = next(model.parameters()).device
+    ids = chain.from_iterable(encode(document, texts.train.bos) for document in cycle(texts.train))
+    while True:
+        block = [int(next(ids)) for _ in range(length)]
+        yield torch.tensor([block], device=device)
+
+
+def is_bounded(config: Any) -> bool:
+    """Whether a model's state keeps its size; a segment memory bounds what it stands around."""
+    from everlong.registry import memory_entry
+
+    if config.segment:
+        return memory_entry(config.segment["name"]).bounded
+    return all(memory_entry(name).bounded for name in config.layer_names)
+
+
+def show(results: Results) -> None:
+    """The table, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("validation")
+    steps = [f"state after {count:,} segments" for count in STREAMED]
+    for column in ("bits per byte", "tokens/s", *steps, "parameters"):
+        table.add_column(column, justify="right")
+    for row in results["rows"]:
+        states = {int(count): value for count, value in row.get("state_bytes", {}).items()}
+        sizes = [f"{states[n]:,} B" if n in states else "grows" for n in STREAMED]
+        known = "tokens_per_s" in row
+        speed = f"{row['tokens_per_s']:,.0f}" if known and row["tokens_per_s"] else ""
+        cells = (speed, *sizes, f"{row['parameters']:,}") if known else ("",) * 4
+        table.add_row(row["name"], f"{row['bits_per_byte']:.3f}", *cells)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    own, *others = results["rows"]
+    for other in others:
+        gain = other["bits_per_byte"] - own["bits_per_byte"]
+        console.print(f"{gain:+.3f} bits per byte saved against: {other['name']}", highlight=False)
+
+
+def continue_passage(model: Any, texts: "Texts") -> None:
+    """Read a passage of the validation text, then go on with it."""
+    from everlong.cli.reader import Reader, printer
+    from everlong.tasks.text import encode
+
+    model.eval()
+    ids = encode(texts.validation[0], texts.validation.bos)[1:][:_PASSAGE]
+    reader = Reader(model, texts.validation.bos)
+    reader.read(ids)
+    shown = ids[-_SHOWN:]
+    tokenizer = texts.tokenizer
+    raw = tokenizer is None
+    tail = bytes(shown.tolist()).decode(errors="replace") if raw else tokenizer.decode(shown)
+    print(f"\nA passage it had not seen:\n{tail}\nand how it goes on:")
+    out = printer(tokenizer, sys.stdout)
+    reader.continue_(out, seed=0, max_new_tokens=_CONTINUED, temperature=0.8)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Beside the weights, so that the folder is whole for transformers' Auto classes."""
+    from everlong.models.tokenizer import byte_tokenizer
+
+    try:
+        (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def read_results(run_dir: Path) -> Results | None:
+    """What `evaluate` wrote, None for a run that is not finished."""
+    if not _file(run_dir).exists():
+        return None
+    try:
+        return json.loads(_file(run_dir).read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{_file(run_dir)} is damaged: remove it and resume the run") from error
+
+
+def _file(run_dir: Path) -> Path:
+    return run_dir / "results.json"

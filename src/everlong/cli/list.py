@@ -1,0 +1,28 @@
+"""`everlong list`: the table of memories, computed from the registry."""
+
+
+def list_command(pattern: str = "*") -> None:
+    """The memories everlong knows. Bytes of state are one stream's: width 256, default options.
+
+    Parameters
+    ----------
+    pattern
+        Names to show, with shell wildcards: "*net".
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from everlong.evaluation.cost import memory_row
+    from everlong.registry import list_memories, suggest
+
+    names = list_memories(pattern)
+    if not names:
+        raise ValueError(f"no memory is called {pattern!r}{suggest(pattern, list_memories())}")
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "room", "bounded", "bytes", "paper", "keeps"):
+        table.add_column(column, justify="right" if column == "bytes" else "left")
+    for row in map(memory_row, names):
+        size = f"{row['bytes']:,}" if row["bounded"] else "grows"
+        bounded = "yes" if row["bounded"] else "no"
+        table.add_row(row["name"], row["room"], bounded, size, row["paper"], row["keeps"])
+    Console().print(table)

@@ -1,0 +1,112 @@
+"""From a recipe to texts, a tokenizer, a model and its memory-less twin."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everlong import EverlongConfig, EverlongForCausalLM
+from everlong.errors import UserError
+from everlong.recipes import Data, Recipe
+from everlong.tasks.text import BOS, VOCAB_SIZE, Documents, load_documents, split, tokenize
+
+TWIN_TOLERANCE = 0.01  # of the parameters
+
+
+@dataclass(frozen=True)
+class Texts:
+    """tokenizer: None for bytes."""
+
+    train: Documents
+    validation: Documents
+    tokenizer: Any = None
+
+
+def load_texts(data: Data) -> Texts:
+    """Both sides of the split, as ids of the tokenizer if there is one."""
+    train, validation = split(load_documents(data.source), data.validation)
+    if not data.tokenizer:
+        return Texts(train, validation)
+    tokenizer = load_tokenizer(data.tokenizer)
+    return Texts(tokenize(train, tokenizer), tokenize(validation, tokenizer), tokenizer)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """A Hugging Face tokenizer: its folder, or its tokenizer.json. Nothing is downloaded."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"no tokenizer at {path}: give a folder or a tokenizer.json on this machine"
+        )
+    try:
+        if path.is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise UserError(f"{path} holds no tokenizer that can be read: {error}") from error
+
+
+def model_config(recipe: Recipe, texts: Texts) -> EverlongConfig:
+    """The recipe's model with the vocabulary of its texts."""
+    options = dict(recipe.model)
+    options["segment"] = (
+        options.get("segment") or None
+    )  # TOML has no null: an empty section is none
+    if texts.tokenizer is not None:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        options |= {name: getattr(texts.tokenizer, name) for name in names}
+        options |= {"vocab_size": texts.train.vocab_size, "bos_token_id": texts.train.bos}
+    try:
+        config = EverlongConfig(**options)
+    except (ValueError, TypeError) as error:  # of wrong types, transformers raises TypeErrors too
+        raise UserError(f"{recipe.origin}: [model] {' '.join(str(error).split())}") from error
+    if texts.tokenizer is None and (config.vocab_size, config.bos_token_id) != (VOCAB_SIZE, BOS):
+        raise UserError(f"{recipe.origin}: [model] without a tokenizer, vocab_size is {VOCAB_SIZE}")
+    return config
+
+
+def build(config: EverlongConfig, seed: int) -> EverlongForCausalLM:
+    """A fresh model; torch's own generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return EverlongForCausalLM(config)
+
+
+def twin_config(config: EverlongConfig, window: int) -> EverlongConfig:
+    """A model without a memory: attention to the last `window` tokens, as many parameters.
+
+    They are matched by `intermediate_size`, to 1 %; `UserError` where that cannot be.
+    """
+    wanted = build(config, 0).num_parameters()
+    options = {name: getattr(config, name) for name in _SHARED}
+    options |= {"segment": None, "layers": ["sliding_attention"]}
+    options |= {"mixers": {"sliding_attention": {"window": window}}}
+    sizes = [
+        build(EverlongConfig(**options, intermediate_size=size), 0).num_parameters()
+        for size in (1, 2)
+    ]
+    best = 1 + round((wanted - sizes[0]) / (sizes[1] - sizes[0]))
+    twin = EverlongConfig(**options, intermediate_size=max(1, best))
+    count = build(twin, 0).num_parameters()
+    if abs(count - wanted) > TWIN_TOLERANCE * wanted:
+        raise UserError(
+            f"no memory-less twin has {wanted:,} parameters (the nearest {count:,}): "
+            "set twin = false, or make the model larger"
+        )
+    return twin
+
+
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "dropout",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)

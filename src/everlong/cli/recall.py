@@ -1,0 +1,127 @@
+"""The recall task from a recipe: one training for `train`, all of them for `bench recall`."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from everlong.evaluation.recall import RecallRun
+    from everlong.recipes import Recipe
+    from everlong.tasks.recall import RecallConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """form: which of `evaluation.recall.subjects` `train` trains."""
+
+    form: str
+    seeds: tuple[int, ...]
+    task: "RecallConfig"
+    run: "RecallRun"
+
+
+def read_plan(recipe: "Recipe") -> Plan:
+    """Raises `UserError`, naming the recipe, for a task that is not recall or cannot be."""
+    from everlong.errors import UserError
+    from everlong.evaluation.recall import RecallRun, subjects
+    from everlong.registry import suggest
+    from everlong.tasks.recall import RecallConfig
+
+    options = dict(recipe.task)
+    name, form = options.pop("name", None), options.pop("form", "encoder-decoder")
+    if name != "recall":
+        raise UserError(f'{recipe.origin}: [task] name is {name!r}; there is only "recall"')
+    seeds = tuple(options.pop("seeds", (0, 1, 2)))
+    if not seeds:
+        raise UserError(f"{recipe.origin}: [task] seeds is empty: give at least one")
+    if "distractors" in options:
+        options["distractors"] = tuple(options["distractors"])
+    known = {field.name for field in fields(RecallConfig)}
+    try:
+        task = RecallConfig(**{k: v for k, v in options.items() if k in known})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{recipe.origin}: [task] {error}") from error
+    run = RecallRun(**{k: v for k, v in options.items() if k not in known})
+    choices = list(subjects(task, run))
+    if form not in choices:
+        hint = suggest(form, choices) or f" (there are {', '.join(choices)})"
+        raise UserError(f"{recipe.origin}: [task] no form {form!r}{hint}")
+    return Plan(form, seeds, task, run)
+
+
+def train_recall(recipe: "Recipe", given: Mapping[str, Any], run_dir: Path, dry_run: bool) -> None:
+    """Train the recipe's form on its first seed; its accuracy, and the same with memory wiped."""
+    from everlong.errors import UserError
+    from everlong.evaluation import recall
+
+    plan = read_plan(recipe)
+    unused = [name for name, value in given.items() if value is not None]
+    if unused:
+        raise UserError(f"{recipe.origin} trains on a generated task: leave out {unused[0]}")
+    subject, seed = recall.subjects(plan.task, plan.run)[plan.form], plan.seeds[0]
+    model = recall.build(subject, plan.task, plan.run, seed)
+    print(f"{model.num_parameters():,} parameters, {plan.form}, {plan.run.steps:,} steps")
+    if dry_run:
+        return
+    run_dir.mkdir(parents=True)
+    started, every = time.perf_counter(), max(1, plan.run.steps // 10)
+
+    def say(step: int, loss: float) -> None:
+        if step % every == 0:
+            print(f"training: {step}/{plan.run.steps} loss {loss:.3f}", file=sys.stderr)
+
+    model = recall.train(subject, plan.task, plan.run, seed, say)
+    found = {
+        name: recall.measure(model, plan.task, plan.run, seed, wipe)
+        for name, wipe in (("with its memory", False), ("memory wiped", True))
+    }
+    _table(
+        [{"name": n, "distractors": d, "mean": a} for n, by in found.items() for d, a in by.items()]
+    )
+    print(f"chance {plan.task.chance:.3f}; {time.perf_counter() - started:.0f} s")
+    model.save_pretrained(run_dir / "model")
+    about = {"recipe": recipe.table(), "accuracy": found}
+    (run_dir / "results.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+    print(f"Everything is in {run_dir}")
+
+
+def bench_recall(recipe: "Recipe", path: Path, say: Callable[[str], None]) -> None:
+    """Every subject and control over the seeds, as a table and as JSON."""
+    from everlong.evaluation import recall
+
+    plan = read_plan(recipe)
+
+    def report(name: str, seed: int, found: Mapping[int, float]) -> None:
+        scores = ", ".join(f"{value:.3f} at {count}" for count, value in found.items())
+        say(f"{name}, seed {seed}: {scores}")
+
+    rows = recall.compare(plan.task, plan.run, plan.seeds, report)
+    _table(recall.summary(rows))
+    print(f"chance {plan.task.chance:.3f}, {len(plan.seeds)} seeds")
+    recall.write(path, plan.task, plan.run, rows)
+    print(f"written to {path}")
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    """Accuracy by number of distractor segments, one line a name."""
+    from rich.console import Console
+    from rich.table import Table
+
+    counts = list(dict.fromkeys(row["distractors"] for row in rows))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("accuracy, by distractor segments")
+    for count in counts:
+        table.add_column(str(count), justify="right")
+    cells = {(row["name"], row["distractors"]): _cell(row) for row in rows}
+    for name in dict.fromkeys(row["name"] for row in rows):
+        table.add_row(name, *(cells[name, count] for count in counts))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    spread = f" ± {row['interval']:.3f}" if row.get("interval") is not None else ""
+    return f"{row['mean']:.3f}{spread}"

@@ -1,0 +1,239 @@
+"""`everlong train`: a recipe in, a run folder out; or a run goes on where it stopped."""
+
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from everlong.cli.prepare import Texts
+    from everlong.recipes import Recipe
+    from everlong.training.config import TrainConfig
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be trained, where it goes, and from which checkpoint on (None: from nothing)."""
+
+    recipe: "Recipe"
+    config: "TrainConfig"
+    texts: "Texts"
+    run_dir: Path
+    resume: Path | None = None
+
+
+def train(  # noqa: PLR0913 (a command's options)
+    recipe: str | None = None,
+    /,
+    *,
+    data: str | None = None,
+    memory: str | None = None,
+    changes: Annotated[tuple[str, ...], Parameter(name="--set", negative=())] = (),
+    resume: Path | None = None,
+    out: Path | None = None,
+    device: Device | None = None,
+    tokenizer: str | None = None,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Train a model and measure what its memory is worth.
+
+    Parameters
+    ----------
+    recipe
+        A recipe of yours (a file ending in .toml) or a shipped one; "default" if left out.
+    data
+        A packaged text (moby_dick, sotu), a file, or a folder with one document a file; any bytes.
+    memory
+        A name from `everlong list`: a segment memory around the layers, or what every layer is.
+    changes
+        section.key=value, over what the recipe says; may be repeated.
+    resume
+        A run folder (or one checkpoint of it) to go on with.
+    out
+        The run folder; a new one under runs/ if left out.
+    device
+        auto takes the best there is.
+    tokenizer
+        A folder or tokenizer.json of a Hugging Face tokenizer; bytes if left out.
+    dry_run
+        Say what it would take and write nothing.
+    """
+    if resume is not None:
+        fixed = {"RECIPE": recipe, "--data": data, "--memory": memory, "--out": out}
+        plan = _resumed(resume, fixed | {"--tokenizer": tokenizer}, changes, device)
+        if plan is None:
+            return
+    else:
+        from everlong import recipes
+
+        chosen = recipes.load(recipe or "default", changes)
+        if chosen.task:
+            from everlong.cli.recall import train_recall
+
+            given = {"--data": data, "--memory": memory, "--tokenizer": tokenizer}
+            train_recall(chosen, given, out or _new_run(chosen.origin), dry_run)
+            return
+        if memory is not None:
+            chosen = recipes.with_memory(chosen, memory)
+        plan = _fresh(chosen, data, tokenizer, device, out)
+    if dry_run:
+        from everlong.cli.estimate import print_estimate
+
+        print_estimate(plan)
+    else:
+        _train(plan)
+
+
+def _fresh(
+    recipe: "Recipe", data: str | None, tokenizer: str | None, device: str | None, out: Path | None
+) -> Plan:
+    from everlong.cli.prepare import load_texts
+    from everlong.errors import UserError
+    from everlong.training.config import TrainConfig
+
+    given = {"source": data, "tokenizer": tokenizer}
+    given = {key: _lasting(value) for key, value in given.items() if value is not None}
+    recipe = replace(recipe, data=replace(recipe.data, **given))
+    options: dict[str, Any] = recipe.train | ({} if device is None else {"device": device})
+    try:
+        config = TrainConfig(**options)
+    except ValueError as error:
+        raise UserError(f"{recipe.origin}: [train] {error}") from error
+    return Plan(recipe, config, load_texts(recipe.data), out or _new_run(recipe.origin))
+
+
+def _lasting(source: str) -> str:
+    """A path that means the same when the run is resumed from elsewhere; a name as it is."""
+    from everlong.tasks.corpora import packaged
+
+    return source if source in packaged() else str(Path(source).absolute())
+
+
+def _new_run(origin: str) -> Path:
+    name = Path(origin.removeprefix("recipe ").strip("'")).stem
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    taken = (
+        Path("runs", f"{name}-{stamp}{more}") for more in ("", *(f"-{n}" for n in range(2, 99)))
+    )
+    return next(path for path in taken if not path.exists())
+
+
+def _resumed(
+    resume: Path, fixed: dict[str, Any], changes: tuple[str, ...], device: str | None
+) -> Plan | None:
+    """The plan of a run that was stopped; None, and a word about it, for one that is finished."""
+    from everlong import recipes
+    from everlong.cli.final import read_results, show
+    from everlong.cli.prepare import load_texts
+    from everlong.errors import UserError
+    from everlong.training import checkpoints, run
+    from everlong.training.config import FIXED, TrainConfig
+
+    run_dir = resume.parent if (resume / "manifest.json").exists() else resume
+    given = [name for name, value in fixed.items() if value is not None]
+    own = [change.partition("=")[0].strip() for change in changes]
+    given += [f"--set {key}" for key in own if not key.startswith("train.") or key[6:] in FIXED]
+    if given:
+        raise UserError(
+            f"--resume goes on with what {run_dir} was started with: leave out {given[0]}"
+        )
+    described = run.read_config(run_dir)
+    source = resume if run_dir != resume else checkpoints.latest(run_dir)
+    options = checkpoints.load(source)["config"]
+    for change in changes:
+        options |= recipes.parse_change(change)["train"]
+    if device is not None:
+        options["device"] = device
+    config = TrainConfig(**options)
+    recipe = recipes.Recipe.from_table(described["recipe"], str(run_dir))
+    results = read_results(run_dir)
+    if results is not None and results["steps"] >= config.steps:
+        print(
+            f"{run_dir} is finished: {results['steps']} steps. Give a larger train.steps to go on."
+        )
+        show(results)
+        return None
+    return Plan(recipe, config, load_texts(recipe.data), run_dir, source)
+
+
+def _train(plan: Plan) -> None:
+    """The model, then its twin if there is one, then what both are worth."""
+    from everlong.cli import final
+    from everlong.cli.prepare import build, model_config, twin_config
+    from everlong.training import checkpoints
+
+    model = build(model_config(plan.recipe, plan.texts), plan.config.seed)
+    plan = replace(plan, config=plan.config.for_model(model))
+    _announce(plan, model)
+    _loop(plan, model, "training")
+    final.save_tokenizer(plan.texts.tokenizer, plan.run_dir / "model")
+    twin = None
+    if plan.recipe.twin:
+        folder = plan.run_dir / "twin"
+        started = bool(checkpoints.steps(folder))
+        if not started:
+            shutil.rmtree(folder, ignore_errors=True)  # killed before its first checkpoint
+        assert plan.config.segment_length is not None
+        twin = build(twin_config(model.config, plan.config.segment_length), plan.config.seed)
+        beside = replace(plan, run_dir=folder, resume=folder if started else None)
+        _loop(beside, twin, "its twin", plan.run_dir)
+    try:
+        results = final.evaluate(model, twin, plan.texts, plan.config, plan.run_dir)
+        final.show(results)
+        final.continue_passage(model, plan.texts)
+        print(f"\nEverything is in {plan.run_dir}")
+    except KeyboardInterrupt:
+        print(
+            f"everlong train --resume {plan.run_dir}  measures the trained model", file=sys.stderr
+        )
+        raise
+
+
+def _loop(plan: Plan, model: Any, title: str, run_dir: Path | None = None) -> None:
+    """One training; `run_dir` is the folder to resume where it is not the plan's own."""
+    from everlong.cli.progress import progress
+    from everlong.errors import Interrupted
+    from everlong.training.loop import train
+
+    about = {"recipe": plan.recipe.table()}
+    texts = plan.texts
+    with progress(title, plan.config.steps) as on_step:
+        try:
+            train(
+                model,
+                texts.train,
+                texts.validation,
+                plan.config,
+                plan.run_dir,
+                resume=plan.resume,
+                on_step=on_step,
+                about=about,
+            )
+        except Interrupted as stop:
+            if run_dir is None:
+                raise
+            resume = f"everlong train --resume {run_dir}"
+            raise Interrupted(stop.exit_code - 128, stop.step, resume) from None
+
+
+def _announce(plan: Plan, model: Any) -> None:
+    """What is about to run, on stderr."""
+    from accelerate import PartialState
+
+    from everlong.training.config import choose_device
+
+    device = choose_device(plan.config.device, PartialState(cpu=plan.config.device == "cpu"))
+    config, texts = plan.config, plan.texts
+    assert config.segment_length is not None
+    tokens = config.batch_size * config.segments * config.segment_length
+    print(
+        f"{model.num_parameters():,} parameters on {device}; {texts.train.num_bytes:,} bytes of "
+        f"{texts.train.source}; {config.steps:,} steps of {tokens:,} tokens; into {plan.run_dir}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,107 @@
+"""What a memory costs: bytes of state against stream length, and the memory training will take.
+
+B batch, S segment length.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everlong import state as states
+from everlong.evaluation.meters import LiveBytes
+from everlong.registry import create_memory, memory_entry
+
+Step = Callable[[Any, Any], tuple[Tensor, Any]]
+
+QUOTED_WIDTH, QUOTED_HEADS = 256, 4  # what "bytes of state" of a memory is quoted at
+
+
+def memory_row(name: str) -> dict[str, Any]:
+    """A memory's line in every table: what the registry says, and the bytes of one fresh stream.
+
+    Width 256, 4 heads, default options; `bytes` of an unbounded memory are those of position 0.
+    """
+    entry = memory_entry(name)
+    memory = create_memory(name, hidden_size=QUOTED_WIDTH, num_heads=QUOTED_HEADS)
+    return {
+        "name": name,
+        "room": entry.room,
+        "bounded": entry.bounded,
+        "bytes": states.num_bytes(memory.init_state(1)),
+        "paper": entry.paper,
+        "keeps": entry.keeps,
+    }
+
+
+@torch.inference_mode()
+def stream_bytes(model: Any, ids: Iterable[Tensor], segments: Iterable[int]) -> dict[int, int]:
+    """Bytes of state of a stream after so many segments, measured by streaming it.
+
+    `ids` gives Int [B, S] blocks, a segment each; reading stops at the largest of `segments`, or
+    raises `ValueError` when the blocks end before it.
+    """
+    wanted = sorted(set(segments))
+    state, found, blocks = None, {}, iter(ids)
+    for index in range(1, wanted[-1] + 1 if wanted else 1):
+        block = next(blocks, None)
+        if block is None:
+            raise ValueError(f"the stream ended after {index - 1} segments of {wanted[-1]}")
+        _, state = model.body_stream(block, state)
+        if index in wanted:
+            found[index] = states.num_bytes(state)
+    return found
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that training holds at its peak, by what they are for."""
+
+    parameters: int
+    gradients: int
+    optimizer: int  # AdamW: two numbers a parameter
+    states: int  # the carried state, and the states between segments where they are kept
+    activations: (
+        int  # of the segments whose graph lives at once, with what a backward needs besides
+    )
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def estimate_training(
+    model: Any, segment: Callable[[int], Any], step: Step, *, rows: int, buffered: int, alive: int
+) -> TrainingMemory:
+    """Estimate AdamW's peak from one segment, run forward and back with one and with two rows.
+
+    `segment(rows)` is a batch of that size, `step(segment, state) -> (loss, state)` the training
+    step. `buffered` states are kept; `alive` segments have a graph at once (1 under replay). What
+    the process holds besides, such as torch itself, is not counted.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    gradients = _bytes(trainable)
+    peaks = []
+    for count in (1, 2):
+        with LiveBytes() as live:
+            loss, state = step(segment(count), None)
+            loss.backward()
+        peaks.append(live.peak)
+        held = states.num_bytes(state) // count
+        model.zero_grad()
+        del loss, state
+    row = peaks[1] - peaks[0]
+    fixed = max(0, peaks[0] - row - gradients)
+    return TrainingMemory(
+        parameters=_bytes(model.parameters()),
+        gradients=gradients,
+        optimizer=2 * gradients,
+        states=rows * buffered * held,
+        activations=fixed + rows * alive * row,
+    )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -4,7 +4,7 @@
         config.json, model.safetensors    as `save_pretrained` writes them: `from_pretrained` reads
         optimizer.safetensors, ...        the tensors of each part, by path
         training.json                     everything else, with the places of the tensors
-        manifest.json                     the sha256 of every other file
+        manifest.json                     the sha256 of every file
 
 Written aside, flushed to the disk and renamed. Damage is an error, never skipped over.
 """
@@ -62,6 +62,7 @@ def save(
             "step": step,
             "files": {file.name: _sha256(file) for file in sorted(path.iterdir())},
         }
+        manifest["sha256"] = _digest(manifest)
         (path / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
 
     path = folder(run_dir, step)
@@ -139,17 +140,22 @@ def _manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     try:
         manifest = json.loads(file.read_text("utf-8"))
-        known = (manifest["format"], manifest["step"]) == (_FORMAT, int(path.name.split("-")[-1]))
-        version, _ = manifest["version"], manifest["files"].items()
+        written = manifest.pop("sha256")
     except OSError as error:
         raise DamagedCheckpoint(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{file} is damaged: it is not the manifest written") from error
-    if not known:
-        raise DamagedCheckpoint(f"{file} is damaged: it is not of this checkpoint")
-    if version != _VERSION:
-        raise UserError(f"{path} has format version {version}, this everlong reads {_VERSION}")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedCheckpoint(f"{file} is damaged: it is no manifest") from error
+    if written != _digest(manifest) or manifest["format"] != _FORMAT:
+        raise DamagedCheckpoint(f"{file} is damaged: it is not the manifest written")
+    if manifest["version"] != _VERSION:
+        raise UserError(
+            f"{path} has format version {manifest['version']}, this everlong reads {_VERSION}"
+        )
     return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _is_whole(run_dir: Path, step: int) -> bool:

@@ -105,17 +105,16 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW. Decayed are matrices that are no embedding and not marked `_no_weight_decay`."""
-    embeddings = {
+    """AdamW. Decayed are matrices but embeddings, biases and what is marked `_no_weight_decay`."""
+    spared = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, nn.Embedding) or name.endswith("bias") or parameter.ndim < 2
     }
 
     def decays(parameter: Tensor) -> bool:
-        marked = getattr(parameter, "_no_weight_decay", False)
-        return parameter.ndim >= 2 and not marked and id(parameter) not in embeddings
+        return id(parameter) not in spared and not getattr(parameter, "_no_weight_decay", False)
 
     def group(parameters: Iterable[Tensor], weight_decay: float) -> dict[str, Any]:
         return {"params": list(parameters), "weight_decay": weight_decay}

@@ -13,6 +13,7 @@ rows, and gradients are summed once a step.
 import dataclasses
 import math
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -185,7 +186,8 @@ class _Session:
         if number:
             if self.saved != self.learner.step:
                 self.checkpoint()
-            raise Interrupted(number, self.learner.step, f"everlong train --resume {self.run_dir}")
+            resume = f"everlong train --resume {shlex.quote(str(self.run_dir))}"
+            raise Interrupted(number, self.learner.step, resume)
 
 
 def _due(step: int, every: int) -> bool:

@@ -15,7 +15,7 @@ TIMES = ("seconds", "tokens_per_s", "peak_memory")
 
 def begin(run_dir: Path, config: Mapping[str, Any]) -> None:
     """Make the folder and write config.json; `UserError` where a run lies already."""
-    if (run_dir / "metrics.jsonl").exists() or checkpoints.steps(run_dir):
+    if read_metrics(run_dir / "metrics.jsonl") or checkpoints.steps(run_dir):
         raise UserError(f"{run_dir} holds a run already: resume it, or choose another folder")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -43,20 +43,19 @@ def total_nats(
         for batch in batches:
             length = batch["inputs"].shape[1]
             assert wipe_every is None or length % wipe_every == 0, "wiping inside a call"
-            rows, reset = batch["reset"].to(device), bool(batch["reset"].any())
+            rows = batch["reset"].to(device)
+            everyone = torch.ones_like(rows)
             with autocast():
                 if state is None:
                     state = model.init_state(len(rows), device=device)
-                elif reset:
+                elif bool(batch["reset"].any()):
                     state = model.reset(state, rows)
-                for i, segment in enumerate(segments(batch, wipe_every or length, device)):
-                    if wipe_every and i > 0:
-                        state = model.reset(state, torch.ones_like(rows))
+                for segment in segments(batch, wipe_every or length, device):
+                    if wipe_every:
+                        state = model.reset(state, everyone)
                     logits, state = model.stream(segment["inputs"], state, segment.get("mask"))
                     nats += cross_entropy(logits, segment["targets"]).item()
             count += int((batch["targets"] != IGNORE).sum())
-            if wipe_every:
-                state = None  # the next rollout is wiped too
     finally:
         model.train(training)
     return nats, count, state

@@ -1,0 +1,247 @@
+"""Checkpoints are whole or absent, damage is named, and a full disk loses nothing."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from everlong import EverlongConfig, EverlongForCausalLM
+from everlong.errors import DamagedCheckpoint, UserError
+from everlong.training import checkpoints
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return EverlongForCausalLM(EverlongConfig(hidden_size=16, num_heads=2, num_layers=1))
+
+
+@pytest.fixture
+def parts(model):
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    shared = torch.arange(6.0)
+    return {
+        "progress": {"step": 3, "rate": 0.1 + 0.2, "none": None, "flag": True},
+        "optimizer": optimizer.state_dict(),
+        "state": {"layers": (shared, {"view": shared[2:4]}), "turned": torch.rand(3, 2).T},
+        "rng": {"cpu": torch.get_rng_state()},
+    }
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        pairs = zip(a, b, strict=True)
+        return type(a) is type(b) and all(equal(x, y) for x, y in pairs)
+    return type(a) is type(b) and a == b
+
+
+def test_everything_comes_back(tmp_path, model, parts):
+    path = checkpoints.save(tmp_path, 3, model, parts)
+    assert path.name == "checkpoint-00000003"
+    assert equal(parts, checkpoints.load(path)), "keys (integers too), types, bits"
+    assert load_file(path / "rng.safetensors")["rng.cpu"].dtype == torch.uint8
+
+    other = EverlongForCausalLM(EverlongConfig(hidden_size=16, num_heads=2, num_layers=1))
+    checkpoints.load_weights(other, path)
+    assert equal(dict(model.state_dict()), dict(other.state_dict()))
+    assert equal(
+        dict(model.state_dict()), dict(EverlongForCausalLM.from_pretrained(path).state_dict())
+    )
+
+
+def test_no_pickle_is_read_or_written(tmp_path, model, parts, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("pickle was used")
+
+    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    path = checkpoints.save(tmp_path, 3, model, parts)
+    checkpoints.load(path)
+    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_what_a_checkpoint_cannot_hold_is_named(tmp_path, model):
+    with pytest.raises(TypeError, match=r"progress\.when is a object"):
+        checkpoints.save(tmp_path, 1, model, {"progress": {"when": object()}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keeps_the_last_ones(tmp_path, model, parts):
+    for step in (0, 5, 10, 15):
+        checkpoints.save(tmp_path, step, model, parts, keep=2)
+    assert checkpoints.steps(tmp_path) == [10, 15]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-00000010",
+        "checkpoint-00000015",
+    ]
+    assert checkpoints.latest(tmp_path).name == "checkpoint-00000015"
+
+
+def test_no_checkpoint_is_said_so(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint to resume from"):
+        checkpoints.latest(tmp_path)
+
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.safetensors", "training.json")
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json", "config.json"])
+@pytest.mark.parametrize("how", ["flip a bit", "cut short", "remove"])
+def test_damage_is_an_error_that_names_the_file_and_the_good_one(tmp_path, model, parts, name, how):
+    for step in (1, 2):
+        checkpoints.save(tmp_path, step, model, parts)
+    file = tmp_path / "checkpoint-00000002" / name
+    data = bytearray(file.read_bytes())
+    if how == "remove":
+        file.unlink()
+    elif how == "cut short":
+        file.write_bytes(data[:-1])
+    else:
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    with pytest.raises(DamagedCheckpoint) as error:
+        checkpoints.latest(tmp_path)
+    message = str(error.value)
+    assert str(file) in message
+    assert message.endswith(f"resume from {tmp_path / 'checkpoint-00000001'} instead")
+    assert "\n" not in message
+    checkpoints.verify(tmp_path / "checkpoint-00000001")
+    with pytest.raises(DamagedCheckpoint):
+        checkpoints.load(tmp_path / "checkpoint-00000002")
+
+
+def test_damage_of_all_is_said_so(tmp_path, model, parts):
+    for step in (1, 2):
+        path = checkpoints.save(tmp_path, step, model, parts)
+        (path / "training.json").write_text("{}")
+    with pytest.raises(DamagedCheckpoint, match="no other is whole: start the run again"):
+        checkpoints.latest(tmp_path)
+
+
+def test_a_newer_format_is_refused(tmp_path, model, parts):
+    path = checkpoints.save(tmp_path, 1, model, parts)
+    manifest = json.loads((path / "manifest.json").read_text()) | {"version": 2}
+    del manifest["sha256"]
+    manifest["sha256"] = checkpoints._digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="format version 2, this everlong reads 1"):
+        checkpoints.load(path)
+
+
+def test_weights_of_another_model_are_refused(tmp_path, model, parts):
+    path = checkpoints.save(tmp_path, 1, model, parts)
+    wider = EverlongForCausalLM(EverlongConfig(hidden_size=32, num_heads=2, num_layers=1))
+    with pytest.raises(UserError, match="holds the weights of another model") as error:
+        checkpoints.load_weights(wider, path)
+    assert "\n" not in str(error.value)
+
+
+def _full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _full_in_rust(*_, **__):  # as safetensors reports it
+    raise SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "failure"),
+    [
+        ("everlong.training.checkpoints.save_file", _full_in_rust),
+        ("pathlib.Path.write_text", _full),
+        ("os.fsync", _full),
+        ("os.replace", _full),
+    ],
+)
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    tmp_path, model, parts, monkeypatch, target, failure
+):
+    checkpoints.save(tmp_path, 1, model, parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(target, failure)
+        with pytest.raises(UserError) as error:
+            checkpoints.save(tmp_path, 2, model, parts)
+    message = str(error.value)
+    assert "checkpoint-00000002 could not be written (No space left on device" in message
+    assert message.endswith("checkpoint-00000001 is intact")
+    assert "\n" not in message
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
+    assert checkpoints.latest(tmp_path).name == "checkpoint-00000001"
+
+
+def test_a_disk_that_is_really_full(tmp_path, model, parts):
+    """A file size limit in place of a small disk: the kernel refuses the write in the middle."""
+    import resource
+    import signal
+
+    checkpoints.save(tmp_path, 1, model, parts)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        with pytest.raises(UserError, match=r"could not be written \(File too large"):
+            checkpoints.save(tmp_path, 2, model, parts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
+
+
+def test_leftovers_of_a_kill_are_no_checkpoints(tmp_path, model, parts):
+    path = checkpoints.save(tmp_path, 1, model, parts)
+    shutil.copytree(path, tmp_path / ".checkpoint-00000002.part")
+    shutil.copytree(path, tmp_path / ".checkpoint-00000000.gone.part")
+    assert checkpoints.latest(tmp_path) == path
+    checkpoints.remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_going_on_before_the_last_sets_later_ones_aside(tmp_path, model, parts):
+    for step in (1, 2):
+        checkpoints.save(tmp_path, step, model, parts)
+    checkpoints.set_later_aside(tmp_path / "checkpoint-00000001")
+    assert checkpoints.steps(tmp_path) == [1]
+    assert (tmp_path / "abandoned-checkpoint-00000002").is_dir()
+
+
+def test_files_reach_the_disk_before_the_name_does(tmp_path, model, parts, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(handle):
+        path = os.readlink(f"/proc/self/fd/{handle}") if os.path.exists("/proc") else str(handle)
+        events.append(os.path.basename(path))
+        fsync(handle)
+
+    def note_replace(source, target):
+        if "checkpoint" in os.path.basename(target):
+            events.append("renamed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    path = checkpoints.save(tmp_path, 1, model, parts)
+    renamed = events.index("renamed")
+    expected = {file.name for file in path.iterdir()} | {".checkpoint-00000001.part"}
+    if os.path.exists("/proc"):
+        assert set(events[:renamed]) == expected
+        assert events[renamed + 1 :] == [tmp_path.name], "the folder that holds the new name"
+    else:
+        assert renamed == len(expected)
+        assert len(events) == len(expected) + 2

@@ -216,9 +216,9 @@ class EverlongForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
         self.body.embed = value
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def initialize_weights(self) -> None:
         """Building a model initialises it; what a checkpoint lacks comes from one built afresh."""
-        if module is not self or not self._built:
+        if not self._built:
             return
         tensors = [*self.named_parameters(), *self.named_non_persistent_buffers()]
         absent = [name for name, each in tensors if not getattr(each, "_is_hf_initialized", False)]

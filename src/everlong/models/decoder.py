@@ -53,7 +53,8 @@ class Decoder(Stateful):
             return
         entry = registry.memory_entry(config.segment["name"])
         options = registry.build_config(entry, segment_options(config))
-        capacity = None if options.carry_core else options.segment_length
+        carried = getattr(options, "carry_core", False)  # else the core lives within a segment
+        capacity = None if carried else options.segment_length
         reader = entry.cls.reader(options, config.dropout) if hasattr(entry.cls, "reader") else None
         self.core = entry.cls(options, Stack(stack_config(config, capacity), reader))
         self.period = self.core.period

@@ -1,0 +1,18 @@
+import pytest
+import torch
+
+import everlong
+
+
+def test_nothing_crosses_a_boundary():
+    memory = everlong.create_memory("no_memory", size="small", hidden_size=24, num_heads=3)
+    x = torch.randn(2, 11, 24, requires_grad=True)
+    y, _ = memory(x)
+    (gradient,) = torch.autograd.grad(y[:, 6].sum(), x)
+    reached = gradient[0].abs().amax(-1).nonzero().flatten().tolist()
+    assert reached == [4, 5, 6], "its own segment, up to itself"
+
+
+def test_a_segment_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="segment_length must be at least 1"):
+        everlong.create_memory("no_memory", hidden_size=24, num_heads=3, segment_length=0)

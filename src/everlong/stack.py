@@ -5,7 +5,7 @@ B batch, T time, D hidden_size, N rows of a memory that is read, F intermediate_
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -121,11 +121,14 @@ class Stack(Stateful):
     def __init__(self, config: StackConfig, reader: Callable[[], Read] | None = None):
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(
+        blocks = [
             Block(self._mixer(name), reader() if reader else None, config) for name in config.layers
-        )
+        ]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self._scale_residual_outputs()
+        with torch.no_grad():  # each layer adds several branches: their sum starts at unit scale
+            for block in blocks:
+                block.feed_forward.down.weight.div_((2 * len(blocks)) ** 0.5)
 
     def _mixer(self, name: str) -> Stateful:
         entry = registry.memory_entry(name)
@@ -139,21 +142,14 @@ class Stack(Stateful):
         options |= self.config.mixers.get(name, {})
         return registry.create_memory(name, hidden_size=self.config.hidden_size, **options)
 
-    @torch.no_grad()
-    def _scale_residual_outputs(self) -> None:
-        """Each layer adds several branches: shrink them so that the sum starts at unit scale."""
-        for block in self.blocks:
-            block.feed_forward.down.weight.div_((2 * len(self.blocks)) ** 0.5)
-
     @property
     def bounded(self) -> bool:
         """Whether the state keeps its size for ever (with a capacity it does until it is full)."""
         return all(registry.memory_entry(name).bounded for name in self.config.layers)
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
-        return tuple(
-            block.mixer.init_state(batch_size, device=device, dtype=dtype) for block in self.blocks
-        )
+        mixers = [cast(Block, block).mixer for block in self.blocks]
+        return tuple(m.init_state(batch_size, device=device, dtype=dtype) for m in mixers)
 
     def run(
         self,

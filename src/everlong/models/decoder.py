@@ -30,10 +30,14 @@ def stack_config(config: "EverlongConfig", capacity: int | None) -> StackConfig:
     )
 
 
-def segment_options(config: "EverlongConfig") -> dict[str, Any]:
-    """`segment` as options of its memory: the model's width and heads unless it names its own."""
+def segment_memory(config: "EverlongConfig") -> tuple[registry.Entry, Any]:
+    """`segment` as a memory's entry and config: with the model's width and heads unless it names
+    its own."""
+    assert config.segment is not None
     options = {"hidden_size": config.hidden_size, "num_heads": config.num_heads}
-    return options | {k: v for k, v in config.segment.items() if k != "name"}
+    options |= {k: v for k, v in config.segment.items() if k != "name"}
+    entry = registry.memory_entry(config.segment["name"])
+    return entry, registry.build_config(entry, options)
 
 
 class Decoder(Stateful):
@@ -51,8 +55,7 @@ class Decoder(Stateful):
         if config.segment is None:
             self.core = Stack(stack_config(config, capacity=None))
             return
-        entry = registry.memory_entry(config.segment["name"])
-        options = registry.build_config(entry, segment_options(config))
+        entry, options = segment_memory(config)
         carried = getattr(options, "carry_core", False)  # else the core lives within a segment
         capacity = None if carried else options.segment_length
         reader = entry.cls.reader(options, config.dropout) if hasattr(entry.cls, "reader") else None

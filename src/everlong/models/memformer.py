@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from everlong import registry
 from everlong.mixers.attention import SelfAttention
-from everlong.models.decoder import segment_options, stack_config
+from everlong.models.decoder import segment_memory, stack_config
 from everlong.ops.ragged import write_at
 from everlong.segments.clock import SegmentMemory, choose_rows
 from everlong.segments.memformer import Memformer, MemformerConfig, SlotWriter
@@ -63,8 +62,8 @@ class MemformerEncoderDecoder(SegmentMemory):
 
     def __init__(self, config: "EverlongConfig"):
         super().__init__()
-        entry = registry.memory_entry(config.segment["name"])
-        options = registry.build_config(entry, segment_options(config))
+        assert config.bos_token_id is not None, "the decoder begins each segment with bos"
+        _, options = segment_memory(config)
         self.options, self.period = options, options.segment_length
         self.bos_token_id = config.bos_token_id
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -137,13 +136,12 @@ class MemformerEncoderDecoder(SegmentMemory):
             )
         return super().run(x, state, lengths, trace)
 
-    def advance(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> State:
+    def advance(self, x: Tensor, state: State = None, mask: Tensor | None = None) -> State:
         """The new state alone: where the call ends a segment of every row, it is not decoded.
 
         The encoder runs before the decoder does, so its dropout is that of a call with outputs.
         """
-        if state is None:
-            state = self.init_state(x.shape[0], device=x.device)
+        state = self.init_state(x.shape[0], device=x.device) if state is None else state
         whole = mask is None or bool(mask.all())
         if (
             not whole
@@ -167,7 +165,7 @@ class MemformerEncoderDecoder(SegmentMemory):
     ) -> tuple[Tensor, State]:
         old, layers, place = state["segment"], state["layers"], state["position"] % self.period
         segment = {**old, "tokens": write_at(old["tokens"], x, place, lengths)}
-        first = None
+        first = written = None
         if full is not None:
             first, written, segment = self._write(segment, full, trace)
         real = torch.full_like(place, x.shape[1]) if lengths is None else lengths
@@ -177,7 +175,7 @@ class MemformerEncoderDecoder(SegmentMemory):
             inside = None if bool((decoded == width).all()) else decoded
             y, layers = self._decode(x[:, :width], layers, old, inside, trace)
         y = pad_length(y, x.shape[1])
-        if full is not None:
+        if full is not None and first is not None:
             layers = choose_rows(full, written, layers)
             y = torch.cat([y[:, :-1], torch.where(full[:, None, None], first, y[:, -1:])], 1)
         return y, {**state, "layers": layers, "segment": segment}

@@ -26,7 +26,8 @@ def angles(
     steps = position[:, None] + torch.arange(length, device=exact)
     exponent = torch.arange(0, width, 2, device=exact, dtype=torch.float64) / width
     turn = steps[..., None].double() * base**-exponent
-    return tuple(f(turn)[:, :, None].to(dtype).to(device) for f in (torch.cos, torch.sin))
+    cos, sin = (f(turn)[:, :, None].to(dtype).to(device) for f in (torch.cos, torch.sin))
+    return cos, sin
 
 
 def apply(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

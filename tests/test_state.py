@@ -166,6 +166,10 @@ def test_a_state_of_another_model_is_refused(tmp_path):
         states.load(tmp_path / "state", "rmt")
     with pytest.raises(ValueError, match=r"config_hash is 'abc', this one's 'abd'"):
         states.load(tmp_path / "state", "memformer", "abd")
+    with pytest.raises(ValueError, match="config_hash"):
+        states.load(tmp_path / "state", config_hash="abd")
+    with pytest.raises(ValueError, match="memory is"):
+        states.load(tmp_path / "state", name="")
 
 
 def test_a_damaged_or_foreign_file_is_refused(tmp_path):

@@ -44,9 +44,10 @@ def test_without_holes_run_gets_the_input_itself():
         assert inputs == {"memory": "slots"}
 
 
-def test_holes_are_packed_at_the_door_and_outputs_put_back():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32, torch.uint8])
+def test_holes_are_packed_at_the_door_and_outputs_put_back(dtype):
     echo = Echo()
-    mask = torch.tensor([[0, 1, 1], [0, 0, 0]])
+    mask = torch.tensor([[0, 1, 1], [0, 0, 0]], dtype=dtype)
     x = torch.where(mask[..., None] == 1, X, torch.nan)
     y, state = echo(x, None, mask)
     packed, lengths, _, _ = echo.calls.pop()

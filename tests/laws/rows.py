@@ -103,6 +103,10 @@ def check_mask(case: Case) -> None:
         for name, a, b in zip(["x"] * len(floats) + names, found, wanted, strict=True):
             assert_close(a, b, f"gradient of {name} under a mask")
 
+    long = torch.rand(ROWS, 20 * span, generator=torch.Generator().manual_seed(1)) < 0.7
+    long[0, : 9 * span] = False  # a row that begins where others are in their middle
+    compare(long, 0)
+
     def drawn(rows: list[list[bool]], seed: int) -> None:
         compare(torch.tensor(rows), seed)
 
@@ -121,9 +125,10 @@ def check_mask_kinds(case: Case) -> None:
         assert_states(other_state, state, "state under a mask of ones", case.bounded, exact=True)
     whole[0, :3], whole[1, 4] = False, False
     y, state = memory(x, None, whole)
-    other, other_state = memory(x, None, whole.long())
-    assert_same(other, y, "outputs under a 0/1 mask")
-    assert_states(other_state, state, "state under a 0/1 mask", case.bounded, exact=True)
+    for mask in (whole.long(), whole.double()):
+        other, other_state = memory(x, None, mask)
+        assert_same(other, y, f"outputs under a 0/1 mask, {mask.dtype}")
+        assert_states(other_state, state, "state under a 0/1 mask", case.bounded, exact=True)
 
 
 def check_masked_row(case: Case) -> None:

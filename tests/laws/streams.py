@@ -54,6 +54,7 @@ def check_any_cut(case: Case) -> None:
     compare([1] * (2 * span + 3), 0)
     compare([memory.period] * 3, 0)
     compare([span - 1, 1, 1, 2 * span + 1, 1], 0)
+    compare([9 * span + 1, 1, 12 * span], 0)
     streams = st.integers(2, 3 * span + 3).flatmap(cuts_of)
     by_hypothesis(streams, seeds, examples=15)(compare)
 

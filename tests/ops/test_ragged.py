@@ -52,6 +52,14 @@ def test_pack_moves_real_positions_left_and_unpack_puts_them_back(rows, trailing
     assert torch.equal(back, wanted)
 
 
+def test_pack_keeps_the_order_of_long_rows():
+    mask = torch.rand(2, 3000, generator=torch.Generator().manual_seed(0)) < 0.5
+    x = torch.arange(6000).view(2, 3000)
+    packed, lengths, _ = pack(x, mask)
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.equal(packed[row, :length], x[row, mask[row]])
+
+
 def test_pack_and_unpack_give_masked_positions_no_gradient_and_no_nan():
     mask = torch.tensor([[True, False, True, True], [False, False, True, False]])
     x = torch.where(mask[..., None], numbers(2, 4, 3), torch.nan).requires_grad_()

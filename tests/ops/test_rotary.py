@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from everlong.ops import rotary
@@ -11,18 +12,20 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_rotate_is_the_published_rotation_of_each_pair():
-    x, base = numbers(1, 3, 1, 4), 100.0
-    got = rotary.rotate(x, torch.tensor([5]), base)
+@pytest.mark.parametrize("position", [5, 100_000_007])
+def test_rotate_is_the_published_rotation_of_each_pair(position):
+    x, base = numbers(1, 3, 1, 6), 123.0
+    got = rotary.rotate(x, torch.tensor([position]), base)
     for t in range(3):
-        for pair, frequency in enumerate((1.0, base**-0.5)):
-            angle = (5 + t) * frequency
-            a, b = x[0, t, 0, pair], x[0, t, 0, pair + 2]
+        for pair, frequency in enumerate((1.0, base ** (-2 / 6), base ** (-4 / 6))):
+            angle = (position + t) * frequency
+            a, b = x[0, t, 0, pair], x[0, t, 0, pair + 3]
             wanted = (
                 a * math.cos(angle) - b * math.sin(angle),
                 a * math.sin(angle) + b * math.cos(angle),
             )
-            torch.testing.assert_close(got[0, t, 0, [pair, pair + 2]], torch.stack(wanted))
+            found = got[0, t, 0, [pair, pair + 3]]
+            torch.testing.assert_close(found, torch.stack(wanted), rtol=0, atol=1e-6)
 
 
 def test_rotation_keeps_lengths_and_position_zero_is_the_identity():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -128,3 +130,22 @@ def test_register_refuses_what_would_confuse(toy):
 def test_suggest():
     assert registry.suggest("sliding_atention", NAMES) == "; did you mean 'sliding_attention'?"
     assert registry.suggest("qqqqqq", NAMES) == ""
+
+
+def test_finding_the_memories_does_no_work():
+    """Imports draw nothing, warn of nothing, and open no connection."""
+    code = """
+import socket, torch
+def refuse(*_): raise AssertionError("a connection at import")
+socket.socket.connect = refuse
+before, threads = torch.get_rng_state(), torch.get_num_threads()
+import everlong
+assert everlong.list_memories()
+assert torch.equal(before, torch.get_rng_state()), "the global generator was used"
+assert torch.get_num_threads() == threads and torch.get_default_dtype() == torch.float32
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout + done.stderr

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from everlong import state as states
+from everlong.stateful import Trace
 from laws.cases import (
     Case,
     assert_close,
@@ -110,3 +111,19 @@ def check_pure(case: Case) -> None:
             assert_states(after_again, after, what, case.bounded)
         for key, value in memory.state_dict().items():
             assert_same(value, before[key], f"{key} after reading, train mode {training}")
+
+
+def check_quiet(case: Case) -> None:
+    """A trace is told and changes nothing; nothing is drawn from the global generator in eval."""
+    memory = case.build()
+    x, trace = case.inputs(2, 2 * memory.period + 1), Trace()
+    drawn = torch.get_rng_state()
+    y, state = memory(x)
+    assert_same(torch.get_rng_state(), drawn, "the global generator after a call in eval mode")
+    traced, traced_state = memory(x, None, None, trace)
+    assert_close(traced, y, "outputs under a trace", 1e-12)
+    assert_states(traced_state, state, "state under a trace", case.bounded)
+    for name, record in [(k, v) for k, found in trace.records.items() for v in found]:
+        assert not record.requires_grad, f"trace record {name!r} holds a graph"
+    for name, loss in [(k, v) for k, found in trace.losses.items() for v in found]:
+        assert loss.dim() == 0, f"trace loss {name!r} is no scalar"

@@ -68,8 +68,10 @@ class Face(nn.Module):
         self.period = model.period
         self.init_state, self.reset, self.advance = model.init_state, model.reset, model.advance
 
-    def forward(self, x: Tensor, state: Any = None, mask: Tensor | None = None) -> Any:
-        return self.model.stream(x, state, mask)
+    def forward(
+        self, x: Tensor, state: Any = None, mask: Tensor | None = None, trace: Any = None
+    ) -> Any:
+        return self.model.stream(x, state, mask, trace)
 
 
 def memory_case(name: str, **chosen: Any) -> Case:

@@ -217,7 +217,7 @@ def check_served(case: Case) -> None:
         for row, stream in enumerate(streams):
             _assert_row(memory, case, row_of(state, row), stream, outputs[row])
 
-    by_hypothesis(st.lists(_calls(span + 1), min_size=2, max_size=4), seeds, examples=15)(compare)
+    by_hypothesis(st.lists(_calls(span + 1), min_size=2, max_size=4), seeds, examples=25)(compare)
 
 
 def _assert_row(memory: Any, case: Case, state: Any, stream: Tensor, outputs: list) -> None:

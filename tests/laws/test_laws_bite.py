@@ -1,6 +1,7 @@
 """Each law bites: an honest memory passes every check, a liar fails the check of its law."""
 
 import re
+import socket
 
 import pytest
 from hypothesis import settings
@@ -54,6 +55,7 @@ LIARS = {  # law: {liar: what the check says of it}
         toys.EditsInPlace: "the state passed in",
         toys.CountsInBuffer: "seen after reading",
     },
+    "5 quiet": {toys.TraceRounds: "under a trace", toys.DrawsInEval: "global generator"},
     "6 replay": {toys.DropsTheGenerator: "segments of", toys.HidesState: "segments of"},
     "6 advance": {toys.AdvancesOtherwise: "state of advance"},
     "6 truncation": {toys.DetachesAtCalls: "no gradient reaches"},
@@ -94,3 +96,11 @@ def test_mark_of_unbounded_memories_is_checked(tmp_path):
     check("5 bounded", toys.toy_case(toys.Grows, bounded=False), tmp_path)
     with pytest.raises(AssertionError, match="does not grow"):
         check("5 bounded", toys.toy_case(bounded=False), tmp_path)
+
+
+def test_a_test_cannot_reach_the_network():
+    with (
+        socket.socket() as connection,
+        pytest.raises(AssertionError, match="opened a connection"),
+    ):
+        connection.connect(("192.0.2.1", 9))  # an address kept for documentation

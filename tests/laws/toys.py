@@ -340,6 +340,22 @@ class CountsInBuffer(SegmentMean):
         return super().read(x, state, lengths)
 
 
+class TraceRounds(SegmentMean):
+    """What is recorded is computed on the way, and taken."""
+
+    def run(self, x, state, lengths, trace):
+        y, end = super().run(x, state, lengths, trace)
+        return (y if trace is None else y.float().to(y.dtype)), end
+
+
+class DrawsInEval(SegmentMean):
+    """A fresh stream starts at random."""
+
+    def init_state(self, batch_size, *, device=None, dtype=None):
+        state = super().init_state(batch_size, device=device, dtype=dtype)
+        return {**state, "last": state["last"] + 0 * torch.randn(())}
+
+
 # Law 6
 
 

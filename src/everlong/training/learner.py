@@ -185,7 +185,8 @@ class Learner:
         rows = states.tree_map(lambda leaf: leaf[self.rows].to(self.device), parts["state"])
         self.state = self._carry(rows)
         for name, generators in parts["rng"].items():
-            mine = generators[self.group.process_index % len(generators)]
+            # A copy: torch crashes on a generator state at an odd address, as a file may have it.
+            mine = generators[self.group.process_index % len(generators)].clone()
             if name == "cpu":
                 torch.set_rng_state(mine)
             elif self.device.type == name:

@@ -7,25 +7,20 @@ from typing import Annotated
 from cyclopts import Parameter
 
 
-def replay(*, out: Path = Path("bench"), quick: Annotated[bool, Parameter(negative=())] = False):
+def replay(*, out: Path = Path("bench")) -> None:
     """Memory replay against back-propagation through time and gradient checkpointing.
 
     Parameters
     ----------
     out
         The folder that replay.json and replay.png are written to.
-    quick
-        Few segments and few rounds: a minute instead of ten.
     """
-    from rich.console import Console
     from rich.table import Table
 
-    from everlong.cli.progress import size
+    from everlong.cli.progress import console, size
     from everlong.evaluation import replay_cost
 
     config = replay_cost.ReplayCost()
-    if quick:
-        config = replay_cost.ReplayCost(counts=(2, 4, 8), rounds=3)
     rows = replay_cost.measure(config, _say)
     table = Table(box=None, pad_edge=False)
     names = ("net on the state path", "segments", "method", "forwards", "backwards")
@@ -44,9 +39,9 @@ def replay(*, out: Path = Path("bench"), quick: Annotated[bool, Parameter(negati
             f"{row['theory']:.2f}" if "theory" in row else "",
             f"{row['gradient_difference']:.1e}",
         )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    command = "everlong bench replay" + (" --quick" if quick else "")
-    replay_cost.write(config, rows, out / "replay.json", out / "replay.png", command)
+    console().print(table)
+    files = out / "replay.json", out / "replay.png"
+    replay_cost.write(config, rows, *files, "everlong bench replay")
     print(f"written to {out}")
 
 

@@ -18,7 +18,7 @@ _WORDS = {
 def print_estimate(plan: "Plan") -> None:
     """Parameters, bytes of state, tokens a step, and the memory training would hold."""
     from everlong import state as states
-    from everlong.cli.prepare import build, model_config, twin_config
+    from everlong.cli.prepare import build, device_of, model_config, twin_config
     from everlong.cli.progress import size
     from everlong.evaluation.cost import estimate_training
 
@@ -28,6 +28,7 @@ def print_estimate(plan: "Plan") -> None:
     assert length is not None
     held = states.num_bytes(model.init_state(1))
     texts, tokens = plan.texts, rows * config.segments * length
+    print(f"device: {device_of(config)}")
     print(f"parameters: {model.num_parameters():,}")
     if plan.recipe.twin:
         twin = build(twin_config(model.config, length), config.seed)

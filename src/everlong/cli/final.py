@@ -37,8 +37,7 @@ def evaluate(
         wiped = _bits(model, texts, length, wipe=True)
         rows.append({"name": f"{name}, wiped at every segment", "bits_per_byte": wiped})
     if twin is not None:
-        about = f"no memory: a window of {length} tokens"
-        rows.append(_row(about, twin, texts, length, run_dir / "twin"))
+        rows.append(_row("twin without a memory", twin, texts, length, run_dir / "twin"))
     found = {"steps": config.steps, "segment_length": length, "rows": rows}
     described = {"model": model.config.to_dict(), "train": asdict(config)}
     aside = run_dir / ".results.json.part"
@@ -100,11 +99,12 @@ def is_bounded(config: Any) -> bool:
 
 def show(results: Results) -> None:
     """The table, on stdout."""
-    from rich.console import Console
     from rich.table import Table
 
+    from everlong.cli.progress import console
+
     table = Table(box=None, pad_edge=False)
-    table.add_column("validation")
+    table.add_column("on the validation text")
     steps = [f"state after {count:,} segments" for count in STREAMED]
     for column in ("bits per byte", "tokens/s", *steps, "parameters"):
         table.add_column(column, justify="right")
@@ -115,12 +115,11 @@ def show(results: Results) -> None:
         speed = f"{row['tokens_per_s']:,.0f}" if known and row["tokens_per_s"] else ""
         cells = (speed, *sizes, f"{row['parameters']:,}") if known else ("",) * 4
         table.add_row(row["name"], f"{row['bits_per_byte']:.3f}", *cells)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
+    console().print(table)
     own, *others = results["rows"]
     for other in others:
         gain = other["bits_per_byte"] - own["bits_per_byte"]
-        console.print(f"{gain:+.3f} bits per byte saved against: {other['name']}", highlight=False)
+        print(f"{gain:+.3f} bits per byte saved against: {other['name']}")
 
 
 def continue_passage(model: Any, texts: "Texts") -> None:
@@ -138,7 +137,7 @@ def continue_passage(model: Any, texts: "Texts") -> None:
     tail = bytes(shown.tolist()).decode(errors="replace") if raw else tokenizer.decode(shown)
     print(f"\nA passage it had not seen:\n{tail}\nand how it goes on:")
     out = printer(tokenizer, sys.stdout)
-    reader.continue_(out, seed=0, max_new_tokens=_CONTINUED, temperature=0.8)
+    reader.continue_(out, seed=0, max_new_tokens=_CONTINUED, do_sample=True, temperature=0.8)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

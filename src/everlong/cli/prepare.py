@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from everlong import EverlongConfig, EverlongForCausalLM
 from everlong.errors import UserError
 from everlong.recipes import Data, Recipe
 from everlong.tasks.text import BOS, VOCAB_SIZE, Documents, load_documents, split, tokenize
+from everlong.training.config import TrainConfig, choose_device
 
 TWIN_TOLERANCE = 0.01  # of the parameters
 
@@ -75,15 +77,17 @@ def build(config: EverlongConfig, seed: int) -> EverlongForCausalLM:
         return EverlongForCausalLM(config)
 
 
-def twin_config(config: EverlongConfig, window: int) -> EverlongConfig:
-    """A model without a memory: attention to the last `window` tokens, as many parameters.
+def twin_config(config: EverlongConfig, segment_length: int) -> EverlongConfig:
+    """A model of as many parameters that sees its own segment alone, and remembers nothing.
 
-    They are matched by `intermediate_size`, to 1 %; `UserError` where that cannot be.
+    The layers are those inside the segment memory, or attention where the layers are the memory.
+    Parameters are matched by `intermediate_size`, to 1 %; `UserError` where that cannot be.
     """
     wanted = build(config, 0).num_parameters()
     options = {name: getattr(config, name) for name in _SHARED}
-    options |= {"segment": None, "layers": ["sliding_attention"]}
-    options |= {"mixers": {"sliding_attention": {"window": window}}}
+    if config.segment is not None:
+        options |= {"layers": config.layers, "mixers": config.mixers}
+    options["segment"] = {"name": "no_memory", "segment_length": segment_length}
     sizes = [
         build(EverlongConfig(**options, intermediate_size=size), 0).num_parameters()
         for size in (1, 2)
@@ -97,6 +101,11 @@ def twin_config(config: EverlongConfig, window: int) -> EverlongConfig:
             "set twin = false, or make the model larger"
         )
     return twin
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """Where a training would run; `UserError` for a device this machine lacks."""
+    return choose_device(config.device, PartialState(cpu=config.device == "cpu"))
 
 
 _SHARED = (

@@ -49,6 +49,13 @@ def describe(line: dict[str, Any]) -> str:
     )
 
 
+def console() -> Any:
+    """Where tables go: as wide as the terminal, and one line a row where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 400)
+
+
 def size(count: float) -> str:
     """Bytes for people: 12.3 kB (thousands, not 1,024s)."""
     for unit in ("B", "kB", "MB"):

@@ -108,8 +108,9 @@ def bench_recall(recipe: "Recipe", path: Path, say: Callable[[str], None]) -> No
 
 def _table(rows: list[dict[str, Any]]) -> None:
     """Accuracy by number of distractor segments, one line a name."""
-    from rich.console import Console
     from rich.table import Table
+
+    from everlong.cli.progress import console
 
     counts = list(dict.fromkeys(row["distractors"] for row in rows))
     table = Table(box=None, pad_edge=False)
@@ -119,7 +120,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
     cells = {(row["name"], row["distractors"]): _cell(row) for row in rows}
     for name in dict.fromkeys(row["name"] for row in rows):
         table.add_row(name, *(cells[name, count] for count in counts))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console().print(table)
 
 
 def _cell(row: Mapping[str, Any]) -> str:

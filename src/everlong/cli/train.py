@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 if TYPE_CHECKING:
     from everlong.cli.prepare import Texts
-    from everlong.recipes import Recipe
+    from everlong.recipes import Data, Recipe
     from everlong.training.config import TrainConfig
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -98,21 +98,26 @@ def _fresh(
     from everlong.training.config import TrainConfig
 
     given = {"source": data, "tokenizer": tokenizer}
-    given = {key: _lasting(value) for key, value in given.items() if value is not None}
-    recipe = replace(recipe, data=replace(recipe.data, **given))
+    given = {key: value for key, value in given.items() if value is not None}
+    chosen = replace(recipe.data, **given)
     options: dict[str, Any] = recipe.train | ({} if device is None else {"device": device})
     try:
         config = TrainConfig(**options)
     except ValueError as error:
         raise UserError(f"{recipe.origin}: [train] {error}") from error
-    return Plan(recipe, config, load_texts(recipe.data), out or _new_run(recipe.origin))
+    texts = load_texts(chosen)
+    recipe = replace(recipe, data=_lasting(chosen))
+    return Plan(recipe, config, texts, out or _new_run(recipe.origin))
 
 
-def _lasting(source: str) -> str:
-    """A path that means the same when the run is resumed from elsewhere; a name as it is."""
+def _lasting(data: "Data") -> "Data":
+    """The same where the run is resumed from another folder: paths made absolute."""
     from everlong.tasks.corpora import packaged
 
-    return source if source in packaged() else str(Path(source).absolute())
+    named = data.source in packaged()
+    source = data.source if named else str(Path(data.source).absolute())
+    tokenizer = data.tokenizer and str(Path(data.tokenizer).absolute())
+    return replace(data, source=source, tokenizer=tokenizer)
 
 
 def _new_run(origin: str) -> Path:
@@ -153,10 +158,8 @@ def _resumed(
     config = TrainConfig(**options)
     recipe = recipes.Recipe.from_table(described["recipe"], str(run_dir))
     results = read_results(run_dir)
-    if results is not None and results["steps"] >= config.steps:
-        print(
-            f"{run_dir} is finished: {results['steps']} steps. Give a larger train.steps to go on."
-        )
+    if results is not None and results["steps"] >= config.steps and resume == run_dir:
+        print(f"{run_dir} is finished; --set train.steps=N goes on from step {results['steps']:,}")
         show(results)
         return None
     return Plan(recipe, config, load_texts(recipe.data), run_dir, source)
@@ -183,6 +186,7 @@ def _train(plan: Plan) -> None:
         twin = build(twin_config(model.config, plan.config.segment_length), plan.config.seed)
         beside = replace(plan, run_dir=folder, resume=folder if started else None)
         _loop(beside, twin, "its twin", plan.run_dir)
+        final.save_tokenizer(plan.texts.tokenizer, folder / "model")
     try:
         results = final.evaluate(model, twin, plan.texts, plan.config, plan.run_dir)
         final.show(results)
@@ -224,11 +228,9 @@ def _loop(plan: Plan, model: Any, title: str, run_dir: Path | None = None) -> No
 
 def _announce(plan: Plan, model: Any) -> None:
     """What is about to run, on stderr."""
-    from accelerate import PartialState
+    from everlong.cli.prepare import device_of
 
-    from everlong.training.config import choose_device
-
-    device = choose_device(plan.config.device, PartialState(cpu=plan.config.device == "cpu"))
+    device = device_of(plan.config)
     config, texts = plan.config, plan.texts
     assert config.segment_length is not None
     tokens = config.batch_size * config.segments * config.segment_length

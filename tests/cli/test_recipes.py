@@ -1,0 +1,153 @@
+"""Recipes: every shipped one is read, built and run; mistakes are named where they stand."""
+
+import pytest
+
+from cli.tiny import SEGMENT, TINY, sets
+from everlong import recipes
+from everlong.cli.prepare import build, load_texts, model_config, twin_config
+from everlong.training.config import TrainConfig
+
+TEXTS = [name for name in recipes.shipped() if not recipes.load(name).task]
+
+
+def test_the_shipped_recipes_are_those_promised():
+    assert {"default", "demo", "smoke", "sotu", "encoder_decoder", "recall"} <= {*recipes.shipped()}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_shipped_recipe_makes_its_model_and_its_training(name):
+    recipe = recipes.load(name)
+    texts = load_texts(recipe.data)
+    model = build(model_config(recipe, texts), seed=0)
+    TrainConfig(**recipe.train).for_model(model)
+    if recipe.twin:
+        config = recipe.model["segment"]["segment_length"]
+        twin = build(twin_config(model.config, config), seed=0)
+        assert twin.config.segment["name"] == "no_memory"
+        assert twin.num_parameters() == pytest.approx(model.num_parameters(), rel=0.01)
+
+
+def test_the_default_is_a_memformer_of_about_a_million_parameters_trained_by_replay():
+    recipe = recipes.load("default")
+    model = build(model_config(recipe, load_texts(recipe.data)), seed=0)
+    assert 0.8e6 < model.num_parameters() < 1.5e6
+    assert (model.config.segment["name"], model.config.vocab_size) == ("memformer", 259)
+    assert recipe.train["horizon"] == "replay"
+    assert 4 <= recipe.train["segments"] <= 8
+    assert not recipe.twin
+    assert recipes.load("demo").twin
+    assert recipes.load("demo").model == recipe.model
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_shipped_recipe_trains_and_is_measured(name, call, briefly, tmp_path):
+    changes = sets(*TINY, *SEGMENT, "data.source=moby_dick")
+    code, out, err = call("train", name, "--out", tmp_path / "run", *changes)
+    assert code == 0, err
+    assert "bits per byte" in out
+    assert str(tmp_path / "run") in out
+    assert ("twin" in out) == recipes.load(name).twin
+
+
+def test_the_recall_recipe_trains_and_is_measured(call, tmp_path):
+    changes = sets("task.steps=2", "task.test_items=8", "task.distractors=[0, 2]")
+    code, out, err = call("train", "recall", "--out", tmp_path / "run", *changes)
+    assert code == 0, err
+    assert "memory wiped" in out
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_the_recall_benchmark_compares_both_forms_with_their_controls(call, tmp_path):
+    changes = ("task.steps=1", "task.test_items=4", "task.distractors=[1]", "task.seeds=[0]")
+    code, out, err = call("bench", "recall", "--out", tmp_path, *sets(*changes))
+    assert code == 0, err
+    for name in ("encoder-decoder", "causal", "horizon 1", "sliding window", "memory wiped"):
+        assert name in out
+    assert (tmp_path / "recall.json").exists()
+
+
+def test_a_recipe_of_ones_own_starts_from_a_shipped_one(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "default"\n[model.segment]\nnum_slots = 5\n')
+    recipe = recipes.load(str(file), ["train.steps=7", "data.source=sotu", "model.dropout = 0.1"])
+    base = recipes.load("default")
+    assert recipe.model["segment"] == {**base.model["segment"], "num_slots": 5}
+    assert (recipe.train["steps"], recipe.data.source, recipe.model["dropout"]) == (7, "sotu", 0.1)
+    assert recipe.train["batch_size"] == base.train["batch_size"]
+
+
+def test_a_base_is_found_beside_the_file_that_names_it(tmp_path):
+    (tmp_path / "a.toml").write_text('base = "./b.toml"\ntwin = true\n')
+    (tmp_path / "b.toml").write_text("[train]\nsteps = 3\n")
+    recipe = recipes.load(str(tmp_path / "a.toml"))
+    assert recipe.twin
+    assert recipe.train == {"steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[train]\nstep = 3\n", ["[train] step", "'steps'"]),
+        ("[model]\nhiden_size = 3\n", ["[model] hiden_size", "'hidden_size'"]),
+        ("[data]\nsorce = 'x'\n", ["[data] sorce", "'source'"]),
+        ("[trian]\n", ["trian", "'train'"]),
+        ("twin = 3\n", ["twin must be true or false"]),
+        ("train = 3\n", ["train must be a section"]),
+        ("[data]\nsource = 3\n", ["source must be a string"]),
+        ("base = 'defualt'\n", ["'defualt'", "'default'"]),
+        ("base = 'mine.toml'\n", ["circle"]),
+        ("a = [\n", ["not valid TOML"]),
+    ],
+)
+def test_a_mistake_in_a_recipe_names_the_file_and_what_was_meant(
+    text, words, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.toml|defualt") as caught:
+        recipes.load("mine.toml")
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", ["steps", "=3", "train..steps=3", "train.step=3", "data.source.x=1"]
+)
+def test_a_wrong_change_is_refused_by_its_own_name(change):
+    with pytest.raises(ValueError, match="--set"):
+        recipes.load("default", [change])
+
+
+def test_a_recipe_that_is_missing_or_no_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'smoke'"):
+        recipes.load("smok")
+    with pytest.raises(ValueError, match=r"gone\.toml cannot be read"):
+        recipes.load(str(tmp_path / "gone.toml"))
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        recipes.load(str(tmp_path / "bytes.toml"))
+
+
+def test_another_segment_memory_takes_the_old_ones_place_and_keeps_what_they_share():
+    base = recipes.load("default")
+    recipe = recipes.with_memory(base, "no_memory")
+    length = base.model["segment"]["segment_length"]
+    assert recipe.model["segment"] == {"name": "no_memory", "segment_length": length}
+    assert recipe.model["layers"] == base.model["layers"]
+
+
+def test_a_mixer_becomes_every_layer_and_reads_as_much_at_once_as_a_segment():
+    base = recipes.load("default", ["model.mixers.sliding_attention.window=9"])
+    recipe = recipes.with_memory(base, "sliding_attention")
+    assert not recipe.model["segment"]
+    assert recipe.model["layers"] == ["sliding_attention"]
+    assert recipe.model["mixers"] == {"sliding_attention": {"window": 9}}
+    assert recipe.train["segment_length"] == base.model["segment"]["segment_length"]
+    config = model_config(recipe, load_texts(recipe.data))
+    assert config.segment is None
+    assert set(config.layer_names) == {"sliding_attention"}
+
+
+def test_a_recipe_survives_being_written_into_a_run():
+    recipe = recipes.load("demo")
+    assert recipes.Recipe.from_table(recipe.table(), recipe.origin) == recipe

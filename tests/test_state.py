@@ -198,3 +198,8 @@ def test_pad_length_adds_zeros_and_never_cuts():
     leaf = torch.ones(2, 3, 1)
     assert states.pad_length(leaf, 2) is leaf
     assert states.pad_length(leaf, 5).sum(1).tolist() == [[3.0], [3.0]]
+
+
+def test_a_key_with_a_dot_is_refused():
+    with pytest.raises(ValueError, match="joined by dots"):
+        states.flatten({"a.b": torch.zeros(1), "a": {"b": torch.ones(1)}})

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import everlong
 from everlong import state as states
 from everlong.stateful import Stateful, Trace
 from laws.toys import SegmentMean
@@ -130,3 +131,19 @@ def test_what_a_memory_must_write():
         Stateful().init_state(1)
     with pytest.raises(NotImplementedError):
         Stateful().run(X, {}, None, None)
+
+
+def test_reset_keeps_the_dtypes_of_the_state():
+    memory = everlong.create_memory("attention", size="small", hidden_size=24, num_heads=3)
+    state = memory.init_state(2, dtype=torch.bfloat16)
+    again = memory.reset(state, torch.tensor([True, False]))
+    assert [a.dtype for a in states.leaves(again)] == [a.dtype for a in states.leaves(state)]
+    y, state = memory(torch.randn(2, 3, 24), again)
+    assert (y.dtype, state["keys"].dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_mask_and_lengths_together_are_refused():
+    memory = everlong.create_memory("attention", size="small", hidden_size=24, num_heads=3)
+    mask, lengths = torch.tensor([[True, False]]), torch.tensor([1])
+    with pytest.raises(ValueError, match="mask or lengths"):
+        memory(torch.randn(1, 2, 24), mask=mask, lengths=lengths)

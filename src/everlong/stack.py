@@ -120,7 +120,7 @@ class Stack(Stateful):
 
     def __init__(self, config: StackConfig, reader: Callable[[], Read] | None = None):
         super().__init__()
-        self.config = config
+        self.config, self.hidden_size = config, config.hidden_size
         blocks = [
             Block(self._mixer(name), reader() if reader else None, config) for name in config.layers
         ]

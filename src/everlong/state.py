@@ -51,6 +51,8 @@ def flatten(state: State) -> dict[str, Tensor]:
     items = state.items() if isinstance(state, dict) else enumerate(state)
     found = {}
     for key, value in items:
+        if "." in str(key):
+            raise ValueError(f"{key!r} cannot name a part of a state: paths are joined by dots")
         for path, leaf in flatten(value).items():
             found[f"{key}.{path}" if path else str(key)] = leaf
     return found

@@ -50,6 +50,7 @@ class Stateful(nn.Module):
     """
 
     period: int = 1  # segment or chunk length: boundaries lie at its multiples of stream positions
+    hidden_size: int | None = None  # width D of the inputs, checked at the door where it is set
 
     def init_state(
         self,
@@ -84,6 +85,7 @@ class Stateful(nn.Module):
         if not bool(rows.any()):
             return state
         fresh = self.init_state(rows.shape[0], device=rows.device)
+        fresh = states.tree_map(lambda new, old: new.to(old.dtype), fresh, state)
         return states.where(rows, fresh, state)
 
     def forward(
@@ -104,6 +106,10 @@ class Stateful(nn.Module):
         """
         if x.dim() < 2 or x.shape[1] == 0:
             raise ValueError(f"x must be [B, T, ...] with T >= 1, got {list(x.shape)}")
+        if self.hidden_size is not None and x.shape[2:] != (self.hidden_size,):
+            raise ValueError(
+                f"x must be [B, T, hidden_size = {self.hidden_size}], got {list(x.shape)}"
+            )
         if state is None:
             state = self.init_state(x.shape[0], device=x.device)
         elif (rows := states.batch_size(state)) != x.shape[0]:
@@ -112,6 +118,8 @@ class Stateful(nn.Module):
             )
         if mask is None:
             return self.run(x, state, lengths, trace, **inputs)
+        if lengths is not None:
+            raise ValueError("give mask or lengths: rows that have lengths are packed already")
         if mask.shape != x.shape[:2]:
             raise ValueError(f"mask must be {list(x.shape[:2])} like x, got {list(mask.shape)}")
         mask = mask.bool()

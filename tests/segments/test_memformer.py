@@ -64,6 +64,14 @@ def test_slots_stay_float32_in_a_bfloat16_model_and_under_autocast():
     assert (y.float() - exact).abs().max() < 0.2
 
 
+def test_writing_does_not_depend_on_autocast():
+    writer = SlotWriter(MemformerConfig(24, 3, num_slots=3))
+    slots, hidden = writer.fresh(2), torch.randn(2, 4, 24)
+    exact = writer(slots, hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(writer(slots, hidden), exact)
+
+
 def test_only_the_slots_cross_a_boundary():
     """With the slots put back to M_0, a finished segment leaves nothing behind."""
     memory = make()

@@ -62,8 +62,8 @@ class SelfAttention(nn.Module):
         """q [B, T, H, d], k and v [B, K, H, d], mask Bool [B or 1, T, K] -> [B, T, D]."""
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
+            k.transpose(1, 2).to(q.dtype),
+            v.transpose(1, 2).to(q.dtype),
             attn_mask=None if mask is None else mask[:, None],
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,
@@ -90,7 +90,7 @@ class Attention(Stateful):
 
     def __init__(self, config: AttentionConfig):
         super().__init__()
-        self.config = config
+        self.config, self.hidden_size = config, config.hidden_size
         self.attention = SelfAttention(config.hidden_size, config.num_heads, config.dropout)
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:

@@ -49,7 +49,7 @@ class SlidingAttention(Stateful):
 
     def __init__(self, config: SlidingAttentionConfig):
         super().__init__()
-        self.config = config
+        self.config, self.hidden_size = config, config.hidden_size
         self.attention = SelfAttention(config.hidden_size, config.num_heads, config.dropout)
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:

@@ -157,7 +157,8 @@ class Memformer(SegmentMemory):
             )
         if config.carry_core and not getattr(core, "bounded", True):
             raise ValueError("carry_core needs a core of bounded mixers, such as sliding_attention")
-        self.config, self.period = config, config.segment_length
+        self.config, self.hidden_size = config, config.hidden_size
+        self.period = config.segment_length
         self.core, self.writer = core, SlotWriter(config)
 
     @staticmethod

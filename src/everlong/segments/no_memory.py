@@ -53,7 +53,8 @@ class NoMemory(SegmentMemory):
                 config.hidden_size, config.num_heads, capacity=config.segment_length
             )
             core = Stack(shape)
-        self.config, self.period, self.core = config, config.segment_length, core
+        self.config, self.hidden_size = config, config.hidden_size
+        self.period, self.core = config.segment_length, core
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         device, dtype = self._defaults(device, dtype)

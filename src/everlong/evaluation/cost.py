@@ -12,7 +12,7 @@ from torch import Tensor
 
 from everlong import state as states
 from everlong.evaluation.meters import LiveBytes
-from everlong.registry import create_memory, memory_entry
+from everlong.registry import create_memory, list_memories, memory_entry
 
 Step = Callable[[Any, Any], tuple[Tensor, Any]]
 
@@ -34,6 +34,19 @@ def memory_row(name: str) -> dict[str, Any]:
         "paper": entry.paper,
         "keeps": entry.keeps,
     }
+
+
+def memory_table() -> str:
+    """README's table of memories in Markdown: bounded ones first, then by room and name."""
+    rows = sorted(
+        map(memory_row, list_memories()), key=lambda row: (not row["bounded"], row["room"])
+    )
+    lines = ["| memory | room | bytes of state | what it keeps | paper |", "| --- " * 5 + "|"]
+    for row in rows:
+        size = f"{row['bytes']:,}" if row["bounded"] else "grows"
+        page = f"[{row['name']}](docs/memories/{row['name']}.md)"
+        lines.append(f"| {page} | {row['room']} | {size} | {row['keeps']} | {row['paper']} |")
+    return "\n".join(lines) + "\n"
 
 
 @torch.inference_mode()

@@ -76,6 +76,16 @@ def test_check_compares_advance_with_step():
         run(case, options=ReplayOptions(advance=advance, check=True))
 
 
+@pytest.mark.parametrize("wrong", [torch.Tensor.double, lambda leaf: leaf[None]])
+def test_check_compares_dtype_and_shape(wrong):
+    weight = torch.ones(1, requires_grad=True)
+    options = ReplayOptions(advance=lambda x, m: wrong(m), check=True)
+    with pytest.raises(RuntimeError, match="gave another ''"):
+        everlong.replay(
+            lambda x, m: (weight.sum(), m.float()[:1]), [0, 1], torch.zeros(1), options=options
+        )
+
+
 def test_another_structure_is_refused_without_check():
     weight = torch.ones(1, requires_grad=True)
 
@@ -204,7 +214,7 @@ def test_autocast(dtype, caching):
 
     def under_autocast(step, segments, state):
         with torch.autocast("cpu", dtype=dtype, cache_enabled=caching):
-            state = {**state, "slots": state["slots"] @ torch.eye(8)}  # fills the cache
+            state = {**state, "slots": state["slots"] @ torch.eye(8)}
             return everlong.replay(step, segments, state, options=ReplayOptions(check=True))
 
     def by_hand(step, segments, state):
@@ -221,6 +231,22 @@ def test_autocast(dtype, caching):
     assert difference(expected, found) <= 1e-6
     assert difference(expected, Case(4).outcome(bptt)) > 1e-4
     assert found["d mix.weight"].dtype == torch.float32
+
+
+def test_weights_may_change_between_rollouts_in_one_autocast():
+    """torch's cast cache knows a weight by its address: a stale cast would be used again."""
+
+    def outcome(spaced):
+        case = Case(3, dropout=0.0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            run(case)
+            with torch.no_grad():
+                case.toy.mix.weight.mul_(2)
+            if spaced:
+                torch.clear_autocast_cache()
+            return run(case)[0]
+
+    assert torch.equal(outcome(False), outcome(True))
 
 
 def test_backward_runs_outside_autocast():
@@ -242,6 +268,13 @@ def test_backward_runs_outside_autocast():
         everlong.replay(lambda x, m: (Probe.apply(weight).sum(), m), [0, 1], None)
         assert torch.is_autocast_enabled("cpu")
     assert seen == [True, True, False, True, False]
+
+
+def test_weights_may_have_a_graph():
+    weights = torch.full((3,), 0.5, requires_grad=True)
+    loss, _ = run(Case(3), weights=weights)
+    assert not loss.requires_grad
+    assert weights.grad is None
 
 
 def test_evaluation_mode_and_no_warnings():

@@ -73,9 +73,7 @@ class Scene:
         with ExitStack() as stack:
             for setting in self.casts:
                 stack.enter_context(torch.autocast(**setting))
-            # A weight cast in a gradient-free sweep, or in another graph, must not be reused.
-            if self.casts:
-                stack.callback(torch.clear_autocast_cache)
+            if self.casts:  # a cast made earlier may be of other weights, or of another graph
                 torch.clear_autocast_cache()
             yield
         if first:

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import resource
 import signal
 from itertools import islice
 
@@ -359,19 +360,14 @@ def test_divergence_stops_before_the_step_and_names_the_checkpoint(tmp_path, bad
     assert checkpoints.latest(tmp_path).name == "checkpoint-00000005"
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "metrics", "model"])
+@pytest.mark.parametrize("what", ["checkpoint", "model"])
 def test_a_full_disk_stops_with_one_line(tmp_path, monkeypatch, what):
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     def refuse(*_, **__):
-        raise full
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def fill(line):
         if line["step"] == 7:
-            if what == "metrics":
-                monkeypatch.setattr(json, "dumps", refuse)  # stands where the line is written
-            else:
-                monkeypatch.setattr(checkpoints, "save_model", refuse)
+            monkeypatch.setattr(checkpoints, "save_model", refuse)
 
     steps = 7 if what == "model" else 26
     config = small_config(steps=steps, eval_every=0)
@@ -384,3 +380,22 @@ def test_a_full_disk_stops_with_one_line(tmp_path, monkeypatch, what):
     assert latest.name == f"checkpoint-{7 if what == 'model' else 5:08d}"
     assert not list(tmp_path.glob(".*"))
     train(small_model(), TEXTS, None, small_config(eval_every=0), tmp_path, resume=tmp_path)
+
+
+def test_metrics_on_a_full_disk(tmp_path):
+    """A file size limit in place of a small disk: the kernel cuts a line in the middle."""
+    metrics = run.Metrics(tmp_path, 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+        metrics.write({"step": 1, "loss": 0.5})
+        with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: File too large"):
+            metrics.write({"step": 2, "loss": 0.25})
+        metrics.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert len((tmp_path / "metrics.jsonl").read_bytes()) == 40
+    run.Metrics(tmp_path, 1).close()
+    assert run.read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]

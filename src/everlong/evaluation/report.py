@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from everlong.errors import UserError
 from everlong.training.run import read_metrics
-
-_SMOOTHING = 0.8  # weight of the past in the drawn average
 
 
 def plot_curves(metrics: Path | str, png: Path | str) -> Path:
@@ -25,7 +24,7 @@ def plot_curves(metrics: Path | str, png: Path | str) -> Path:
 
     bits = [line["bits_per_byte"] for line in lines]
     upper.plot(tokens, bits, color="tab:blue", alpha=0.25, linewidth=1, label="training")
-    upper.plot(tokens, _smooth(bits), color="tab:blue", label="training, running mean")
+    upper.plot(tokens, _smooth(bits), color="tab:blue", label="training, moving mean")
     checked = [line for line in lines if "validation_bits_per_byte" in line]
     if checked:
         upper.plot(
@@ -54,12 +53,8 @@ def plot_curves(metrics: Path | str, png: Path | str) -> Path:
     return Path(png)
 
 
-def _smooth(values: list[float]) -> list[float]:
-    """Exponential running mean, unbiased from the first value on."""
-    total = weight = 0.0
-    smooth = []
-    for value in values:
-        total = _SMOOTHING * total + (1 - _SMOOTHING) * value
-        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
-        smooth.append(total / weight)
-    return smooth
+def _smooth(values: list[float]) -> np.ndarray:
+    """Means over a window around each value, a twentieth of the run wide, cut at both ends."""
+    kernel = np.ones(2 * (len(values) // 40) + 1)
+    counts = np.convolve(np.ones(len(values)), kernel, "same")
+    return np.convolve(values, kernel, "same") / counts

@@ -65,8 +65,11 @@ def train(
     `resume` is the run folder (its newest checkpoint, verified) or one checkpoint of it. `on_step`
     is given every line of metrics.jsonl after it is written; `about` is added to config.json.
     Writes checkpoint 0 before the first step and `model/` at the end. torch's generator is seeded
-    from `config.seed` inside and left as it was outside. Denormals are flushed to zero in this
-    process from here on: decayed memories are full of them, and they cost CPUs 4-5 times.
+    from `config.seed` inside and left as it was outside.
+
+    Denormals are flushed to zero from here on: decayed memories are full of them, and they cost
+    CPUs 4-5 times. torch's worker threads inherit this only if they start later, so a program
+    calls `torch.set_flush_denormal(True)` before its first tensor (the command line does).
 
     Raises `UserError` for what the user can put right (a full disk, another model's checkpoint),
     `DamagedCheckpoint`, `Diverged`, and `Interrupted` after Ctrl-C or SIGTERM.

@@ -56,21 +56,26 @@ class Metrics:
         try:
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
             _replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self._file = self.path.open("a", encoding="utf-8")
+            # Unbuffered: after a failed write nothing is left to fail again on closing.
+            self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise self._failed(error) from error
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Handed to the system at once: a killed process loses no finished step's line."""
+        data = json.dumps(line).encode() + b"\n"
         try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            while data:
+                data = data[self._file.write(data) :]
         except OSError as error:
             raise self._failed(error) from error
 
     def flush(self) -> None:
         """To the disk, before a checkpoint that relies on it."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failed(error) from error
 
     def close(self) -> None:
         self._file.close()

@@ -137,8 +137,8 @@ def test_bytes_of_state_are_constant_and_flops_per_token_are_flat():
     body = make().eval()
     with torch.no_grad():
         state, sizes = body.init_state(1), set()
-        for start in range(10):
-            _, state = body(ids(1, 100 * S, seed=start), state)
+        for start in range(3):  # tests/laws reads 1,000 segments
+            _, state = body(ids(1, 10 * S + start, seed=start), state)
             sizes.add(states.num_bytes(state))
     assert len(sizes) == 1
 

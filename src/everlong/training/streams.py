@@ -116,10 +116,9 @@ class DocumentStream:
         seed: int = 0,
     ):
         documents = as_documents(documents)
-        lengths = documents.lengths
         self.seed, self.batch_size = seed, batch_size
-        self._reader = _Reader(documents, cut(lengths, batch_size), length)
-        self._text = hashlib.sha256(np.array(lengths, np.int64).tobytes()).hexdigest()
+        self._reader = _Reader(documents, cut(documents.lengths, batch_size), length)
+        self._text = _fingerprint(documents)
         self.epoch, self._next = 0, 0
         self._order = self._shuffle()
         self._rows = [(self._take(), 0) for _ in range(batch_size)]
@@ -159,12 +158,25 @@ class DocumentStream:
         """Go to a position of a stream with the same arguments; `UserError` for another text."""
         if position["text"] != self._text or len(position["rows"]) != self.batch_size:
             raise UserError(
-                "the position belongs to other documents (their number or lengths differ): "
+                "the position belongs to other documents (their number, lengths or text differ): "
                 "resume with the data the run was started with"
             )
         self.epoch, self._next = position["epoch"], position["next"]
         self._order = self._shuffle()
         self._rows = [(piece, offset) for piece, offset in position["rows"]]
+
+
+def _fingerprint(documents: Documents) -> str:
+    """Of every document's length, beginning and end: a huge text need not be read to know it."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(len(document).to_bytes(8, "little"))
+        for part in (document[:_EDGE], document[max(0, len(document) - _EDGE) :]):
+            digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
+
+
+_EDGE = 1024  # tokens at either end of a document
 
 
 def validation_batches(

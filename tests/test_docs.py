@@ -25,7 +25,8 @@ def test_every_memory_has_a_page():
 
 
 def test_the_table_of_memories_is_the_registry():
-    found = re.search(r"<!-- memories -->\n(.*?)<!-- /memories -->", PAGES[0].read_text(), re.DOTALL)
+    pattern = r"<!-- memories -->\n(.*?)<!-- /memories -->"
+    found = re.search(pattern, PAGES[0].read_text(), re.DOTALL)
     assert found is not None
     assert found[1] == memory_table(), "put what evaluation.cost.memory_table() returns there"
     assert all(f"[{name}]" in found[1] for name in everlong.list_memories())

@@ -191,7 +191,7 @@ def _time(subject: Subject, count: int, rows: list[Row]) -> None:
         for row in rows:
             row[seconds] = median[row["method"]]
             row[ratio] = median[row["method"]] / median["full"]
-            row["all_" + seconds] = [pair[clock] for pair in times[row["method"]]]
+            row["all_" + seconds] = [round(pair[clock], 4) for pair in times[row["method"]]]
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
@@ -209,12 +209,14 @@ def write(
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Peak bytes, and time against BPTT, by number of segments."""
     colours = dict(zip(METHODS, ("tab:gray", "tab:orange", "tab:blue"), strict=True))
+    needs = {"whole": "every layer", "quarter": "one layer of four"}
+    counts = sorted({row["segments"] for row in rows})
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for form, style in zip(FORMS, ("o-", "s--"), strict=True):
         for method in METHODS:
             line = [row for row in rows if (row["form"], row["method"]) == (form, method)]
-            label = {"full": "BPTT"}.get(method, method) + f", {form} net on the state path"
+            label = {"full": "BPTT"}.get(method, method) + f", next state needs {needs[form]}"
             for axes, key, unit in ((left, "live_bytes", 1e6), (right, "times_bptt", 1)):
                 points = ([row["segments"] for row in line], [row[key] / unit for row in line])
                 axes.plot(*points, style, color=colours[method], label=label, markersize=4)
@@ -223,6 +225,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     left.set_yscale("log")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(count) for count in counts])
         axes.set_xlabel("segments in the rollout")
         axes.grid(alpha=0.3)
     left.legend(fontsize=7)

@@ -41,7 +41,8 @@ class ReplayOptions:
     offload:  hold the states in pinned host memory.
     scale:    a factor on every loss root, or an object with `scale(tensor)` such as GradScaler:
               .grad carries it, the returned loss does not.
-    no_sync:  a context-manager factory (`ddp.no_sync`) for all backwards but the last.
+    no_sync:  a context-manager factory (`ddp.no_sync`) for all backwards but the last, which must
+              reach every parameter (or DDP be told find_unused_parameters).
     check:    compare each recomputed state with the stored one, bit for bit.
     """
 

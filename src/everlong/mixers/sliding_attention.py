@@ -56,9 +56,10 @@ class SlidingAttention(Stateful):
         device, dtype = self._defaults(device, dtype)
         heads, width = self.config.num_heads, self.config.hidden_size // self.config.num_heads
         shape = (batch_size, self.config.window, heads, width)
+        empty = torch.zeros((), device=device, dtype=dtype).expand(shape)  # one zero in memory
         return {
-            "keys": torch.zeros(shape, device=device, dtype=dtype),
-            "values": torch.zeros(shape, device=device, dtype=dtype),
+            "keys": empty,
+            "values": empty,
             "position": torch.zeros(batch_size, device=device, dtype=torch.long),
         }
 

@@ -169,13 +169,13 @@ class Memformer(SegmentMemory):
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         device, dtype = self._defaults(device, dtype)
-        width = self.config.hidden_size
+        shape = (batch_size, self.period, self.config.hidden_size)
         return {
             "layers": self.core.init_state(batch_size, device=device, dtype=dtype),
             "position": torch.zeros(batch_size, device=device, dtype=torch.long),
             "segment": {
                 "slots": self.writer.fresh(batch_size).to(device),
-                "hidden": torch.zeros(batch_size, self.period, width, device=device, dtype=dtype),
+                "hidden": torch.zeros((), device=device, dtype=dtype).expand(shape),
             },
         }
 
@@ -195,7 +195,7 @@ class Memformer(SegmentMemory):
         if full is not None:
             written = {
                 "slots": self.writer(segment["slots"], segment["hidden"], trace=trace),
-                "hidden": torch.zeros_like(segment["hidden"]),
+                "hidden": segment["hidden"].new_zeros(()).expand_as(segment["hidden"]),
             }
             if not self.config.carry_core:
                 dtype = segment["hidden"].dtype

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 
-def replay(*, out: Path = Path("bench")) -> None:
+def replay(*, out: Path = Path("runs/bench")) -> None:
     """Memory replay against back-propagation through time and gradient checkpointing.
 
     Parameters
@@ -49,7 +49,7 @@ def recall(
     recipe: str = "recall",
     *,
     changes: Annotated[tuple[str, ...], Parameter(name="--set", negative=())] = (),
-    out: Path = Path("bench"),
+    out: Path = Path("runs/bench"),
 ) -> None:
     """Train the recall task: both forms of Memformer and their controls, over seeds.
 

@@ -149,3 +149,27 @@ assert torch.get_num_threads() == threads and torch.get_default_dtype() == torch
     )
     assert done.returncode == 0, done.stderr
     assert not done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_slots": 2.5}, "memformer: num_slots must be a whole number, got 2.5"),
+        ({"num_slots": True}, "num_slots must be a whole number"),
+        ({"forgetting": float("inf")}, "forgetting must be a number, got inf"),
+        ({"gate": 7}, "gate must be true or false"),
+        ({"temperature": "cold"}, "temperature must be a number"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        everlong.create_memory("memformer", hidden_size=24, num_heads=3, **options)
+
+
+def test_a_union_with_none_takes_both():
+    for capacity in (None, 4):
+        everlong.create_memory("attention", hidden_size=24, num_heads=3, capacity=capacity)
+    with pytest.raises(ValueError, match="capacity must be None or a whole number"):
+        everlong.create_memory("attention", hidden_size=24, num_heads=3, capacity=2.5)
+    with pytest.raises(ValueError, match="dropout must be at least 0 and below 1"):
+        everlong.create_memory("attention", hidden_size=24, num_heads=3, dropout=2)

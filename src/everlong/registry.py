@@ -4,9 +4,10 @@ import dataclasses
 import difflib
 import fnmatch
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 ROOMS = ("mixers", "segments")
 
@@ -116,7 +117,35 @@ def build_config(entry: Entry, options: Mapping[str, Any]) -> Any:
     ]
     if missing:
         raise ValueError(f"{entry.name} needs {', '.join(missing)}")
+    check_types(entry.config, options, entry.name)
     return entry.config(**options)
+
+
+def check_types(config: type, options: Mapping[str, Any], origin: str) -> None:
+    """`ValueError` that names the first option whose value is not of its field's type.
+
+    Numbers may be ints where floats are meant, and are finite. Fields annotated otherwise than by
+    int, float, bool, str or a union of these with None are left to the config itself.
+    """
+    hints = get_type_hints(config)
+    for key, value in options.items():
+        kinds = set(get_args(hints[key])) or {hints[key]}
+        if not kinds <= {int, float, bool, str, type(None)}:
+            continue
+        allowed = kinds | ({int} if float in kinds else set())
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if type(value) not in allowed or infinite:
+            words = " or ".join(sorted(_WORDS[kind] for kind in kinds))
+            raise ValueError(f"{origin}: {key} must be {words}, got {value!r}")
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    type(None): "None",
+}
 
 
 def create_memory(name: str, size: str | None = None, **options: Any) -> Any:

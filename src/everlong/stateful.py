@@ -31,6 +31,14 @@ class Trace:
         self.records.setdefault(name, []).append(value.detach())
 
 
+def checked_mask(x: Tensor, mask: Tensor) -> Tensor | None:
+    """The mask as Bool [B, T], or None where every position of x [B, T, ...] is real."""
+    if mask.shape != x.shape[:2]:
+        raise ValueError(f"mask must be {list(x.shape[:2])} like x, got {list(mask.shape)}")
+    mask = mask.bool()
+    return None if bool(mask.all()) else mask
+
+
 class Stateful(nn.Module):
     """A function (input, state) -> (output, state) over a stream.
 
@@ -120,12 +128,10 @@ class Stateful(nn.Module):
             return self.run(x, state, lengths, trace, **inputs)
         if lengths is not None:
             raise ValueError("give mask or lengths: rows that have lengths are packed already")
-        if mask.shape != x.shape[:2]:
-            raise ValueError(f"mask must be {list(x.shape[:2])} like x, got {list(mask.shape)}")
-        mask = mask.bool()
-        if bool(mask.all()):
-            return self.run(x, state, lengths, trace, **inputs)
-        packed, lengths, order = pack(x, mask)
+        holes = checked_mask(x, mask)
+        if holes is None:
+            return self.run(x, state, None, trace, **inputs)
+        packed, lengths, order = pack(x, holes)
         y, state = self.run(packed, state, lengths, trace, **inputs)
         return unpack(y, lengths, order, x.shape[1]), state
 

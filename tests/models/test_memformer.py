@@ -156,6 +156,16 @@ def test_bytes_of_state_are_constant_and_flops_per_token_are_flat():
     assert attention[1] > 1.4 * attention[0]
 
 
+def test_advance_has_the_checks_of_a_call():
+    body, state = make(), make().init_state(2)
+    with pytest.raises(ValueError, match="the state holds 2 rows and x 1"):
+        body.advance(ids(1, S), state)
+    with pytest.raises(ValueError, match="mask must be"):
+        body.advance(ids(2, S), state, torch.ones(2, S - 1))
+    with pytest.raises(ValueError, match="give ids, not embeddings"):
+        body.advance(torch.randn(2, S, 24, dtype=torch.float64), state)
+
+
 def test_embeddings_are_refused_in_one_line():
     with pytest.raises(ValueError, match="give ids, not embeddings"):
         make()(torch.randn(1, 4, 24, dtype=torch.float64))

@@ -137,3 +137,9 @@ def test_trace_records_what_was_kept_and_read_and_changes_nothing():
 def test_bad_options_say_what_to_do(options, message):
     with pytest.raises(ValueError, match=message):
         everlong.create_memory("memformer", **{"hidden_size": 24, "num_heads": 3, **options})
+
+
+def test_a_core_that_cannot_read_is_refused():
+    core = everlong.create_memory("attention", hidden_size=24, num_heads=3, capacity=4)
+    with pytest.raises(ValueError, match="its run takes memory="):
+        everlong.create_memory("memformer", size="small", hidden_size=24, num_heads=3, core=core)

@@ -16,3 +16,11 @@ def test_nothing_crosses_a_boundary():
 def test_a_segment_of_nothing_is_refused():
     with pytest.raises(ValueError, match="segment_length must be at least 1"):
         everlong.create_memory("no_memory", hidden_size=24, num_heads=3, segment_length=0)
+
+
+def test_a_boundary_keeps_the_dtypes_of_the_state():
+    memory = everlong.create_memory("no_memory", size="small", hidden_size=24, num_heads=3)
+    state = memory.init_state(2, dtype=torch.bfloat16)
+    _, after = memory(torch.randn(2, 5, 24), state)
+    before = [leaf.dtype for leaf in everlong.state.leaves(state)]
+    assert [leaf.dtype for leaf in everlong.state.leaves(after)] == before

@@ -28,6 +28,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         check_heads(self.hidden_size, self.num_heads)
+        check_rate(self.dropout)
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"capacity must be at least 1 token, got {self.capacity}")
 
@@ -39,6 +40,12 @@ def check_heads(hidden_size: int, num_heads: int) -> None:
             f"hidden_size {hidden_size} must be a multiple of 2 * num_heads = {2 * num_heads}: "
             "rotary positions turn pairs inside each head"
         )
+
+
+def check_rate(dropout: float) -> None:
+    """`ValueError` unless dropout is a probability below 1."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
 
 
 class SelfAttention(nn.Module):

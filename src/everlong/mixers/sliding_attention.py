@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from everlong.mixers.attention import SelfAttention, check_heads
+from everlong.mixers.attention import SelfAttention, check_heads, check_rate
 from everlong.ops.ragged import write_ring
 from everlong.registry import register
 from everlong.state import State
@@ -28,6 +28,7 @@ class SlidingAttentionConfig:
 
     def __post_init__(self) -> None:
         check_heads(self.hidden_size, self.num_heads)
+        check_rate(self.dropout)
         if self.window < 1:
             raise ValueError(f"window must be at least 1 token, got {self.window}")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from everlong.ops.ragged import pack, unpack
 from everlong.state import State
-from everlong.stateful import Stateful, Trace
+from everlong.stateful import Stateful, Trace, checked_mask
 
 
 class StreamModel:
@@ -101,8 +101,9 @@ class StreamModel:
                 "needs the prediction of the next token (init_score_state makes a fresh one)"
             )
         ids, lengths, order = input_ids, None, None
-        if mask is not None and not bool(mask.bool().all()):
-            ids, lengths, order = pack(input_ids, mask.bool())
+        holes = None if mask is None else checked_mask(input_ids, mask)
+        if holes is not None:
+            ids, lengths, order = pack(input_ids, holes)
         hidden, stream = self.body(ids, held["stream"], lengths=lengths)
         before = torch.cat([held["last"][:, None], hidden.to(held["last"].dtype)], 1)
         log_probs = _log_probs(self.lm_head(before[:, :-1]), ids)

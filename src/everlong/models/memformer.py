@@ -129,31 +129,29 @@ class MemformerEncoderDecoder(SegmentMemory):
         state: State,
         lengths: Tensor | None,
         trace: Trace | None,
+        outputs: bool = True,
     ) -> tuple[Tensor, State]:
+        """`outputs=False`: y is meaningless, and what only y needs may be left out."""
         if x.is_floating_point():
             raise ValueError(
                 "the encoder-decoder keeps its segment's tokens: give ids, not embeddings"
             )
-        return super().run(x, state, lengths, trace)
+        place = state["position"] % self.period
+        ends = lengths is None and bool((place + x.shape[1] == self.period).all())
+        if outputs or not ends:
+            return super().run(x, state, lengths, trace)
+        tokens = write_at(state["segment"]["tokens"], x, place, None)
+        segment = {**state["segment"], "tokens": tokens}
+        y, layers, segment = self._write(segment, torch.ones_like(place, dtype=torch.bool), trace)
+        position = state["position"] + x.shape[1]
+        return y, {"layers": layers, "position": position, "segment": segment}
 
     def advance(self, x: Tensor, state: State = None, mask: Tensor | None = None) -> State:
         """The new state alone: where the call ends a segment of every row, it is not decoded.
 
         The encoder runs before the decoder does, so its dropout is that of a call with outputs.
         """
-        state = self.init_state(x.shape[0], device=x.device) if state is None else state
-        whole = mask is None or bool(mask.all())
-        if (
-            not whole
-            or x.shape[1] > self.period
-            or bool((state["position"] % self.period + x.shape[1] != self.period).any())
-        ):
-            return super().advance(x, state, mask)
-        full = torch.ones_like(state["position"], dtype=torch.bool)
-        tokens = write_at(state["segment"]["tokens"], x, state["position"] % self.period, None)
-        segment = {**state["segment"], "tokens": tokens}
-        _, layers, segment = self._write(segment, full, None)
-        return {"layers": layers, "position": state["position"] + x.shape[1], "segment": segment}
+        return self(x, state, mask, outputs=False)[1]
 
     def span(
         self,

@@ -6,6 +6,7 @@ B batch, T time, D hidden_size, H heads, N slots, S segment length.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +155,11 @@ class Memformer(SegmentMemory):
             core = Stack(
                 StackConfig(config.hidden_size, config.num_heads, layers, capacity=capacity),
                 self.reader(config),
+            )
+        if "memory" not in signature(core.run).parameters:
+            raise ValueError(
+                "the core of a memformer reads slots: its run takes memory=, as that of a Stack "
+                "with Memformer.reader(config) does"
             )
         if config.carry_core and not getattr(core, "bounded", True):
             raise ValueError("carry_core needs a core of bounded mixers, such as sliding_attention")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from everlong import state as states
 from everlong.mixers.attention import check_heads
 from everlong.registry import register
 from everlong.segments.clock import SegmentMemory, choose_rows
@@ -43,7 +44,8 @@ class NoMemory(SegmentMemory):
     """A stack that starts anew at every segment boundary: the memory-less control.
 
     State: layers (the core's, wiped at boundaries) and position Int [B]. `core` is any Stateful
-    [B, T, D] -> [B, T, D]; without one, a single causal attention block.
+    [B, T, D] -> [B, T, D] whose state keeps its size for S tokens (attention: with a capacity);
+    without one, a single causal attention block.
     """
 
     def __init__(self, config: NoMemoryConfig, core: Stateful | None = None):
@@ -74,5 +76,6 @@ class NoMemory(SegmentMemory):
         y, layers = self.core(x, state["layers"], trace=trace, lengths=lengths)
         if full is not None:
             fresh = self.core.init_state(full.shape[0], device=y.device)
+            fresh = states.tree_map(lambda new, old: new.to(old.dtype), fresh, layers)
             layers = choose_rows(full, fresh, layers)
         return y, {**state, "layers": layers}

@@ -12,6 +12,7 @@ Written aside, flushed to the disk and renamed. Damage is an error, never skippe
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from everlong.errors import DamagedCheckpoint, UserError
 
 _FORMAT, _VERSION = "everlong.checkpoint", 1
 _ASIDE = ".part"
+_LEFTOVER = re.compile(r"\.(checkpoint-\d+|model)(\.gone)?\.part")
 
 
 def folder(run_dir: Path, step: int) -> Path:
@@ -202,8 +204,13 @@ def set_later_aside(path: Path) -> None:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what a killed run had not finished writing or removing."""
-    for path in run_dir.glob(f".*{_ASIDE}"):
+    for path in filter(is_leftover, run_dir.glob(f".*{_ASIDE}")):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is a folder of ours that was not finished: a checkpoint or model/."""
+    return path.is_dir() and _LEFTOVER.fullmatch(path.name) is not None
 
 
 def _remove(path: Path) -> None:

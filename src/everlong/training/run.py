@@ -13,15 +13,46 @@ from everlong.training import checkpoints
 TIMES = ("seconds", "tokens_per_s", "peak_memory")
 
 
+_FORMAT = {"format": "everlong.run"}
+
+
 def begin(run_dir: Path, config: Mapping[str, Any]) -> None:
-    """Make the folder and write config.json; `UserError` where a run lies already."""
-    if read_metrics(run_dir / "metrics.jsonl") or checkpoints.steps(run_dir):
-        raise UserError(f"{run_dir} holds a run already: resume it, or choose another folder")
+    """Make the folder and write config.json, `config` with a mark that the folder is a run's.
+
+    `UserError`, with nothing touched, where a run lies already or anything else but what a run
+    that was killed before its first checkpoint leaves.
+    """
     try:
+        found = list(run_dir.iterdir()) if run_dir.exists() else []
+        if not all(_is_early(path) for path in found):
+            if _is_marked(run_dir / "config.json") and checkpoints.steps(run_dir):
+                raise UserError(
+                    f"{run_dir} holds a run already: resume it, or choose another folder"
+                )
+            raise UserError(f"{run_dir} is not empty: give --out a new folder")
         run_dir.mkdir(parents=True, exist_ok=True)
-        _replace(run_dir / "config.json", json.dumps(config, indent=1) + "\n")
+        _replace(run_dir / "config.json", json.dumps(_FORMAT | dict(config), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{run_dir} cannot be written: {error.strerror}") from error
+
+
+def _is_early(path: Path) -> bool:
+    """Whether a run wrote this before its first checkpoint: it may go."""
+    if path.name == "config.json":
+        return _is_marked(path)
+    if path.name == "metrics.jsonl":
+        return path.is_file() and path.stat().st_size == 0
+    asides = {_aside(path.with_name(name)).name for name in ("config.json", "metrics.jsonl")}
+    return path.name in asides or checkpoints.is_leftover(path)
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether this is a config.json that `begin` wrote."""
+    try:
+        config = json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError:
+        return False
+    return isinstance(config, dict) and _FORMAT.items() <= config.items()
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
@@ -84,8 +115,12 @@ class Metrics:
         return UserError(f"{self.path} cannot be written: {error.strerror}")
 
 
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
 def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.part")
+    aside = _aside(path)
     try:
         with aside.open("w", encoding="utf-8") as file:
             file.write(text)

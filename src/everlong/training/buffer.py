@@ -1,11 +1,12 @@
 """The replay buffer: the states between segments, and the rule which of them are held."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from everlong.training.trees import Flat, detach
+from everlong.training.trees import Flat, detach, versions
 
 
 def _to_host(leaf: Any) -> Any:
@@ -21,8 +22,19 @@ def _to_device(leaf: Any, device: torch.device | None) -> Any:
     return leaf if device is None else leaf.to(device, non_blocking=True)
 
 
+@dataclass(frozen=True)
+class Held:
+    """A state, where its leaves came from, and their `versions` when it was put."""
+
+    flat: Flat
+    devices: list[torch.device | None]
+    versions: list[int]
+
+
 class Buffer:
     """States by segment: `self[t]` is what segment t starts from, its leaves detached.
+
+    A state that was edited in place since it was put raises `RuntimeError` when it is read.
 
     The first state is held as it came, attached. With `every` > 1 only every such state stays when
     a later one of them arrives; the others are for the caller to recompute from `before(t)`.
@@ -31,20 +43,23 @@ class Buffer:
     def __init__(self, first: Any, every: int, offload: bool) -> None:
         self.every, self.offload = every, offload
         flat = Flat.of_state(first)
-        self.states: dict[int, tuple[Flat, list[torch.device | None]]] = {
-            0: (flat, [None] * len(flat.leaves))
-        }
+        self.states = {0: Held(flat, [None] * len(flat.leaves), versions(flat.leaves))}
 
     def __contains__(self, t: int) -> bool:
         return t in self.states
 
     def __getitem__(self, t: int) -> Flat:
-        flat, devices = self.states[t]
-        pairs = zip(flat.leaves, devices, strict=True)
-        return Flat([_to_device(*pair) for pair in pairs], flat.spec)
+        held = self.states[t]
+        if versions(held.flat.leaves) != held.versions:
+            raise RuntimeError(
+                f"the state before segment {t} was edited in place after it was handed over, so"
+                " that it cannot be replayed: return new tensors instead of reused ones"
+            )
+        pairs = zip(held.flat.leaves, held.devices, strict=True)
+        return Flat([_to_device(*pair) for pair in pairs], held.flat.spec)
 
     def spec(self, t: int) -> Any:
-        return self.states[t][0].spec
+        return self.states[t].flat.spec
 
     def put(self, t: int, state: Any) -> Flat:
         """Hold `state` as that of segment t; returned detached, as every run shall see it."""
@@ -52,7 +67,8 @@ class Buffer:
             self.states = {s: held for s, held in self.states.items() if s % self.every == 0}
         flat = Flat.of_state(state).map(detach)
         devices = [leaf.device if isinstance(leaf, Tensor) else None for leaf in flat.leaves]
-        self.states[t] = (flat.map(_to_host) if self.offload else flat, devices)
+        kept = flat.map(_to_host) if self.offload else flat
+        self.states[t] = Held(kept, devices, versions(kept.leaves))
         return flat
 
     def before(self, t: int) -> int:
@@ -64,6 +80,6 @@ class Buffer:
 
     def num_bytes(self) -> int:
         """Bytes held, the first state (the caller's) not counted; shared storage counts once."""
-        held = [leaf for t, (flat, _) in self.states.items() if t > 0 for leaf in flat.leaves]
+        held = [leaf for t, s in self.states.items() if t > 0 for leaf in s.flat.leaves]
         storages = [leaf.untyped_storage() for leaf in held if isinstance(leaf, Tensor)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

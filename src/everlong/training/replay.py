@@ -13,8 +13,9 @@ Each backward evaluates the bracket of dJ/dP = sum_t [w_t dloss_t/dP + (dM_{t+1}
 the stored M_t, so the result is exact: only the order of floating point sums differs from BPTT.
 
 `step` must depend on nothing but parameters, segment, state and torch's random numbers. What it
-keeps elsewhere (running statistics, Python's random) happens twice; what it edits in place in the
-state is refused. A tensor with a graph of its own must come in through segments or state: one that
+keeps elsewhere (running statistics, Python's random) happens twice. An in-place edit of a segment or
+a state, at once or later (a state returned in buffers that are reused), is refused as far as torch
+counts it: not one through `.data` or of inference tensors. A tensor with a graph of its own must come in through segments or state: one that
 `step` closes over would be walked by every backward, which torch refuses.
 
 Memformer, arXiv 2010.06891, section 2.4 and Algorithm 1. Deviations: one joint backward a segment
@@ -56,7 +57,9 @@ def replay(
     end where back-propagation through time leaves them (with `options.advance`: one draw further).
 
     Raises `ValueError` if there is nothing to back-propagate or a loss is no scalar; `RuntimeError`
-    if a replayed segment does not do what it did first.
+    if a replayed segment does not do what it did first or edits what it is given. After any
+    exception `.grad` may hold a part of the gradient, that of the segments already replayed: zero
+    it before going on.
     """
     segments = list(segments)
     seeds = draw_seeds(len(segments)) if options.advance is not None else None

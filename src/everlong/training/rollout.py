@@ -1,8 +1,8 @@
 """One rollout: the gradient-free sweep, the sweep back, and what both must agree on."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from everlong.training.trees import (
     needs_grad,
     same_bits,
     stand_in,
-    tree_leaves,
     tree_map,
+    versions,
 )
 
 Step = Callable[[Any, Any], tuple[Tensor | None, Any]]
@@ -88,8 +88,18 @@ class Upstream:
         return [(source, s.grad) for source, s in self.pairs.values() if s.grad is not None]
 
 
-def versions(state: Any) -> list[int]:
-    return [leaf._version for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+@contextmanager
+def unedited(t: int, segment: Any, state: Any) -> Iterator[None]:
+    """Around a run of segment t: `RuntimeError` if it edits what it is given."""
+    given = {"its incoming state": state, "itself": segment}
+    before = {what: versions(tree) for what, tree in given.items()}
+    yield
+    for what, tree in given.items():
+        if versions(tree) != before[what]:
+            raise RuntimeError(
+                f"segment {t} edits {what} in place, so that it cannot be replayed:"
+                " make new tensors instead"
+            )
 
 
 class Rollout:
@@ -138,14 +148,8 @@ class Rollout:
         flat = self.buffer[start]
         for t in range(start, stop):
             state = flat.tree()
-            before = versions(state)
-            with torch.no_grad():
+            with torch.no_grad(), unedited(t, self.segments[t], state):
                 after = self._next_state(t, state)
-            if versions(state) != before:
-                raise RuntimeError(
-                    f"segment {t} edits its incoming state in place, so that it cannot be replayed:"
-                    " return new tensors instead"
-                )
             flat = self.buffer.put(t + 1, after)
         return flat
 
@@ -182,7 +186,7 @@ class Rollout:
         if not last and (self.options.truncate is None or t % self.options.truncate != 0):
             leaves = [stand_in(leaf) if is_float(leaf) else leaf for leaf in leaves]
         own = [] if last else [i for i, leaf in enumerate(leaves) if needs_grad(leaf)]
-        with torch.enable_grad():
+        with torch.enable_grad(), unedited(t, segment, leaves):
             loss, after = self.run(t, segment, state.tree(leaves))
         end = Flat.of_state(after)
         self._compare(t, end)

@@ -40,6 +40,12 @@ def detach(leaf: Any) -> Any:
     return leaf.clone() if larger else leaf
 
 
+def versions(tree: Any) -> list[int]:
+    """How often each tensor was edited in place; inference tensors do not count it."""
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 def leaf_name(tree: Any, index: int) -> str:
     """The path of a leaf, as in "layers.0.keys"; "" for a tree that is one leaf."""
     path, _ = _pytree.tree_flatten_with_path(tree)[0][index]

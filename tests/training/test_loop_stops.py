@@ -11,6 +11,7 @@ import torch
 
 from everlong.errors import DamagedCheckpoint, Diverged, Interrupted, UserError
 from everlong.training import checkpoints, run
+from everlong.training.learner import Learner
 from everlong.training.loop import train
 from training.small_run import small_config, small_model, small_texts
 
@@ -142,6 +143,68 @@ def test_divergence_stops_before_the_step_and_names_the_checkpoint(tmp_path, bad
     for name, value in model.state_dict().items():
         assert torch.equal(value.nan_to_num(), kept[name].nan_to_num()), "the step was not made"
     assert checkpoints.latest(tmp_path).name == "checkpoint-00000005"
+
+
+# What comes after step 7, whose update breaks the weights; checkpoints are of 0, 5, 10, ...
+BROKEN = {
+    "checkpoint": {"checkpoint_every": 7},
+    "end": {"steps": 7},
+    "validation": {"eval_every": 7},
+    "another step": {},
+}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("what", BROKEN)
+def test_weights_that_an_update_broke_are_never_written(tmp_path, monkeypatch, what, bad):
+    model, update = small_model(), Learner.update
+
+    def broken(self, count):
+        rate = update(self, count)
+        if self.step == 7:
+            model.lm_head.weight.data[0, 0] = bad
+        return rate
+
+    monkeypatch.setattr(Learner, "update", broken)
+    config = small_config(**{"eval_every": 0} | BROKEN[what])
+    with pytest.raises(Diverged) as error:
+        train(model, TEXTS, small_texts(60), config, tmp_path)
+    message, last = str(error.value), 0 if what == "checkpoint" else 5
+    assert message.startswith(f"step {8 if what == 'another step' else 7} diverged")
+    assert f"{tmp_path / f'checkpoint-{last:08d}'}, with a lower" in message
+    assert "\n" not in message
+    assert checkpoints.steps(tmp_path)[-1] == last
+    assert not (tmp_path / "model").exists()
+    lines = run.read_metrics(tmp_path / "metrics.jsonl")
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def test_a_signal_writes_no_broken_weights(tmp_path):
+    model = small_model()
+
+    def spoil(line):
+        if line["step"] == 2:
+            model.lm_head.weight.data[0, 0] = math.nan
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Diverged, match="checkpoint-00000000, with a lower"):
+        train(model, TEXTS, None, small_config(eval_every=0), tmp_path, on_step=spoil)
+    assert checkpoints.steps(tmp_path) == [0]
+
+
+def test_a_far_too_high_learning_rate_diverges(tmp_path):
+    config = small_config(steps=1, warmup_steps=0, learning_rate=1e39, eval_every=0)
+    with pytest.raises(Diverged, match="step 1 diverged: it made weights not finite"):
+        train(small_model(), TEXTS, None, config, tmp_path)
+    assert checkpoints.steps(tmp_path) == [0]
+
+
+def test_a_model_of_broken_weights_is_not_trained(tmp_path):
+    model = small_model()
+    model.lm_head.weight.data[0, 0] = math.inf
+    with pytest.raises(UserError, match="the model has weights that are not finite"):
+        train(model, TEXTS, None, small_config(), tmp_path)
+    assert checkpoints.steps(tmp_path) == []
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "model"])

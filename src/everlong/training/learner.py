@@ -152,6 +152,11 @@ class Learner:
         self.step, self.tokens = self.step + 1, self.tokens + count
         return rate
 
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether all weights are: one pass over them, and a wait for the device."""
+        return math.isfinite(nn.utils.get_total_norm(self.model.parameters(), math.inf))
+
     def parts(self) -> dict[str, Any]:
         """All of it but the weights, for a checkpoint. Every process must call it."""
         rng = {"cpu": torch.get_rng_state()}

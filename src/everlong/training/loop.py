@@ -82,8 +82,8 @@ def train(
         if source is not None:
             learner.restore(checkpoints.load(source), source)
         session = _Session(learner, run_dir, signals, on_step)
-        session.open(source, about or {})
         try:
+            session.open(source, about or {})
             return session.go(validation_documents)
         finally:
             session.close()
@@ -140,6 +140,7 @@ class _Session:
             if self.on_step is not None and self.is_main:
                 self.on_step(line)
             self.stop_if_asked()
+        self.refuse_broken_weights()
         if self.is_main:
             write = partial(checkpoints.save_model, self.learner.model)
             checkpoints.write_folder(self.run_dir / "model", write)
@@ -150,12 +151,11 @@ class _Session:
     def step(self, validation: Any) -> Line:
         learner, started = self.learner, time.perf_counter()
         count, measured = learner.rollout()
-        loss, norm = measured.tolist()  # the only wait for the device
+        loss, norm = measured.tolist()  # the only wait for the device, where nothing is saved
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(
                 f"step {learner.step + 1} diverged (loss {loss:.4g}, gradient norm {norm:.4g}) and "
-                "was not made; resume from the last good checkpoint, "
-                f"{checkpoints.folder(self.run_dir, self.saved)}, with a lower learning_rate"
+                f"was not made; {self.remedy()}"
             )
         rate = learner.update(count)
         seconds = time.perf_counter() - started
@@ -165,6 +165,7 @@ class _Session:
         line |= {"state_bytes": states.num_bytes(learner.state)}
         ended = learner.step == self.config.steps and self.config.eval_every > 0
         if validation is not None and (ended or _due(learner.step, self.config.eval_every)):
+            self.refuse_broken_weights()
             line |= learner.validate(validation)
         times = (seconds, count / seconds, _peak_memory(learner.device))
         line |= dict(zip(run.TIMES, times, strict=True))
@@ -172,7 +173,24 @@ class _Session:
             self.metrics.write(line)
         return line
 
+    def remedy(self) -> str:
+        good = checkpoints.folder(self.run_dir, self.saved)
+        return f"resume from the last good checkpoint, {good}, with a lower learning_rate"
+
+    def refuse_broken_weights(self) -> None:
+        """Before anything is made of them. Between, the next step's loss tells it without a wait.
+
+        Every process holds the same weights, so that all raise or none.
+        """
+        if self.learner.is_finite():
+            return
+        step = self.learner.step
+        if step == 0:
+            raise UserError("the model has weights that are not finite: start from others")
+        raise Diverged(f"step {step} diverged: it made weights not finite; {self.remedy()}")
+
     def checkpoint(self) -> None:
+        self.refuse_broken_weights()
         parts = self.learner.parts()
         if self.metrics is not None:
             self.metrics.flush()

@@ -13,10 +13,11 @@ Each backward evaluates the bracket of dJ/dP = sum_t [w_t dloss_t/dP + (dM_{t+1}
 the stored M_t, so the result is exact: only the order of floating point sums differs from BPTT.
 
 `step` must depend on nothing but parameters, segment, state and torch's random numbers. What it
-keeps elsewhere (running statistics, Python's random) happens twice. An in-place edit of a segment or
-a state, at once or later (a state returned in buffers that are reused), is refused as far as torch
-counts it: not one through `.data` or of inference tensors. A tensor with a graph of its own must come in through segments or state: one that
-`step` closes over would be walked by every backward, which torch refuses.
+keeps elsewhere (running statistics, Python's random) happens twice. An in-place edit of a segment
+or a state, at once or later (a state returned in buffers that are reused), is refused as far as
+torch counts it: not one through `.data`, nor of inference tensors. A tensor with a graph of its own
+must come in through segments or state: one that `step` closes over would be walked by every
+backward, which torch refuses.
 
 Memformer, arXiv 2010.06891, section 2.4 and Algorithm 1. Deviations: one joint backward a segment
 instead of two; dropout, autocast and whatever the first state came from are handled.

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from everlong.cli.reader import BytePrinter, Reader, stream_ids
 from everlong.cli.runs import open_run
+from everlong.errors import UserError
 from everlong.evaluation.language import bits_per_byte
 from everlong.tasks.text import BOS, load_documents
 
@@ -108,6 +110,25 @@ def test_a_damaged_state_is_refused(tiny_run, refused, tmp_path):
     file.write_bytes(b"no state")
     assert str(file) in refused("generate", tiny_run, "--load-state", file)
     assert "--save-state" in refused("generate", tiny_run, "--load-state", tmp_path / "gone")
+
+
+def test_where_a_state_goes_is_looked_at_before_anything_is_read(
+    tiny_run, refused, tmp_path, monkeypatch
+):
+    words = ["generate", tiny_run, "--prompt", "x", "--save-state"]
+    assert "no folder" in refused(*words, tmp_path / "gone" / "state")
+    assert "is a folder" in refused(*words, tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "cannot be written" in refused(*words, tmp_path / "state")
+
+
+def test_a_state_that_cannot_be_written_is_one_line(opened, tmp_path):
+    with pytest.raises(UserError, match="gone"):
+        Reader(opened.model, BOS).save(tmp_path / "gone" / "state")
+
+
+def test_a_seed_no_generator_takes_is_refused(tiny_run, refused):
+    assert "--seed" in refused("generate", tiny_run, "--prompt", "x", "--seed", 2**64)
 
 
 def test_something_must_be_continued(tiny_run, refused):
@@ -224,6 +245,19 @@ def test_each_document_begins_afresh(tiny_run, call, tmp_path):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     first = [row["bits"] for row in rows if row["document"] == "a"]
     assert first == [row["bits"] for row in rows if row["document"] == "b"]
+
+
+def test_a_document_of_any_name_is_in_the_surprise(tiny_run, call, tmp_path):
+    folder, file = tmp_path / "texts", tmp_path / "surprise.jsonl"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9 \xc3\xa9")
+    (folder / name).write_text("x")
+    assert call("evaluate", tiny_run, "--text", folder, "--surprise", file)[0] == 0
+    assert [json.loads(line)["document"] for line in file.read_text().splitlines()] == [name]
+
+
+def test_evaluate_of_an_empty_path_does_not_read_the_current_folder(tiny_run, refused):
+    assert "names no text" in refused("evaluate", tiny_run, "--text", "")
 
 
 def test_evaluate_takes_the_runs_own_validation_text(tiny_run, call, refused):

@@ -69,6 +69,29 @@ def test_version(call):
         ("train --tokenizer ./gone", "gone"),
         ("train --resume ./gone", "gone"),
         ("train recall --data moby_dick", "--data"),
+        ("train recall --device cpu", "--device"),
+        ("train recall --set train.steps=3", "task.steps"),
+        ("train recall --set task.seeds=5", "seeds is 5"),
+        ("train recall --set task.seeds=[]", "seeds is []"),
+        ('train recall --set task.seeds=["a"]', "seeds is ['a']"),
+        ("train recall --set task.distractors=3", "distractors is 3"),
+        ("train recall --set task.steps=abc", "steps must be a whole number"),
+        ("train recall --set task.batch_size=0", "batch_size is 0"),
+        ("train recall --set task.num_symbols=abc", "num_symbols must be a whole number"),
+        ("train recall --set task.form=3", "form 3"),
+        ("train --set train.betas=5", "betas are 5"),
+        ('train --set train.betas=["a","b"]', "betas are ['a', 'b']"),
+        ("train --set train.learning_rate=abc", "learning_rate must be a number"),
+        ("train --set train.clip=abc", "clip must be a number"),
+        ("train --set train.weight_decay=abc", "weight_decay must be a number"),
+        ("train --set train.weight_decay=inf", "weight_decay must be a number"),
+        ("train --set train.seed=abc", "seed is 'abc'"),
+        ("train --set train.seed=-1", "seed is -1"),
+        ("train --set train.seed=9223372036854775808", "seed is"),
+        ("train --set model.layers=5 --dry-run", "layers must be a list"),
+        ("train --set model.mixers=3 --dry-run", "mixers must be a table"),
+        ("train --set model.eos_token_id=abc --dry-run", "eos_token_id must be a token id"),
+        ("train --set model.segment.segment_length=abc --dry-run", "segment_length must be"),
         ("evaluate ./gone", "gone"),
         ("generate ./gone --prompt x", "gone"),
         ("generate", "RUN"),
@@ -139,6 +162,37 @@ def test_our_value_errors_are_the_users_and_any_other_is_a_bug(call, monkeypatch
     monkeypatch.setattr("everlong.cli.env.env", lambda: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["env"])
+
+
+def test_what_a_builtin_raises_in_our_own_frames_is_a_bug_too(monkeypatch):
+    ours = {"__name__": "everlong.somewhere"}
+    for body in ("int('x')", "'\\udcff'.encode()", "raise UnicodeError('no')"):
+        exec(f"def broken():\n {body}", ours)
+        monkeypatch.setattr("everlong.cli.env.env", ours["broken"])
+        with pytest.raises(ValueError):  # noqa: PT011 (whichever it is)
+            main(["env"])
+
+
+def test_a_value_error_we_raise_is_one_line(refused, monkeypatch):
+    ours = {"__name__": "everlong.somewhere"}
+    exec("def broken():\n raise ValueError('turn left')", ours)
+    monkeypatch.setattr("everlong.cli.env.env", ours["broken"])
+    assert refused("env") == "everlong: turn left"
+
+
+def test_an_empty_path_is_not_the_current_folder(refused, tmp_path, monkeypatch):
+    (tmp_path / "private").write_text("not to be read" * 100)
+    monkeypatch.chdir(tmp_path)
+    assert "names no text" in refused("train", "--data", "", "--dry-run")
+
+
+def test_a_closed_standard_output_or_input_is_said(tiny_run):
+    done = shell(everlong_command("env") + " >&-")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "output is closed" in done.stderr
+    done = shell(everlong_command(f"generate {tiny_run} --stdin") + " <&-")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "input is closed" in done.stderr
 
 
 def test_ctrl_c_ends_with_130(call, monkeypatch):

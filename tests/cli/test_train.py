@@ -1,13 +1,20 @@
 """`everlong train`: what it writes, how it goes on, what it says beforehand."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from cli.tiny import SEGMENT, TINY, sets
+from everlong.cli import final
+from everlong.cli.prepare import Texts
+from everlong.cli.runs import open_run
+from everlong.tasks.text import Document, Documents
 from everlong.training.run import read_metrics, without_times
 
 ARGUMENTS = sets(*TINY, *SEGMENT)
@@ -125,6 +132,72 @@ def test_one_checkpoint_can_be_gone_back_to(call, briefly, tmp_path):
 def test_resuming_changes_nothing_that_the_run_was_started_with(words, tiny_run, refused):
     meant = words.rpartition("=")[0] or words.split()[0]
     assert meant in refused("train", "--resume", tiny_run, *words.split())
+
+
+@pytest.mark.parametrize("damaged", ["[1]", "[]", "{}", '{"steps": 2, "rows": []}', '"x"', "{"])
+def test_damaged_results_are_said_so(damaged, tiny_run, refused, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    (folder / "results.json").write_text(damaged)
+    assert "results.json is damaged" in refused("train", "--resume", folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "meant"),
+    [
+        ("[1]", "config.json is damaged"),
+        ('{"train": 3, "recipe": {}}', "config.json is damaged"),
+        ('{"recipe": {"model": 3}}', "model must be a section"),
+        ('{"recipe": {"data": {"sauce": "x"}}}', "did you mean 'source'"),
+        ("{}", "everlong.training.loop.train(..., resume="),
+    ],
+)
+def test_a_run_that_this_command_did_not_start_is_said_so(
+    config, meant, tiny_run, refused, tmp_path
+):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    (folder / "config.json").write_text(config)
+    assert meant in refused("train", "--resume", folder)
+
+
+def test_a_run_of_the_library_has_no_text_of_its_own(tiny_run, refused, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    del config["recipe"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "give --text" in refused("evaluate", folder)
+
+
+def test_the_end_of_a_training_reads_texts_by_slices(monkeypatch):
+    ids = np.arange(70_000) % 251
+    document = Document("long", ids, 0, len(ids), len(ids))
+    asked, read = [], Document._read
+
+    def watched(self, start, count):
+        asked.append(count)
+        return read(self, start, count)
+
+    monkeypatch.setattr(Document, "_read", watched)
+    texts = Texts(Documents("long", (document,)), Documents("long", (document,)))
+    blocks = final._blocks(torch.nn.Linear(1, 1), texts, 7)
+    found = torch.cat([next(blocks)[0] for _ in range(20_010)])
+    wanted = [256, *ids.tolist()] * 3
+    assert found.tolist() == wanted[: len(found)]
+    assert max(asked) <= final._SLICE < len(ids)
+
+
+def test_the_passage_continued_is_all_that_is_read_of_the_text(tiny_run, call, monkeypatch, capsys):
+    text = np.frombuffer(b"whale " * 5000, np.uint8)
+    document = Document("long", text, 0, len(text), len(text))
+    asked = []
+    monkeypatch.setattr(
+        Document, "_read", lambda self, start, count: asked.append(count) or text[start:][:count]
+    )
+    monkeypatch.setattr(final, "_PASSAGE", 40)
+    monkeypatch.setattr(final, "_CONTINUED", 3)
+    texts = Texts(Documents("long", (document,)), Documents("long", (document,)))
+    final.continue_passage(open_run(tiny_run).model, texts)
+    assert asked == [40]
+    assert "whale whale" in capsys.readouterr().out
 
 
 def test_a_recipe_and_resume_exclude_each_other(tiny_run, refused):

@@ -1,5 +1,6 @@
 """The `everlong` command. Each command is a file, imported only when it is called."""
 
+import dis
 import os
 import signal
 import sys
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what a user can put right is one line, code 2."""
     from cyclopts import CycloptsError
 
+    if sys.stdout is None:
+        return _say("standard output is closed: send it to a file or to /dev/null")
     try:
         code = build_app()(
             argv,
@@ -81,13 +84,23 @@ def _words(error: ValueError | OSError) -> str:
 
 
 def _is_for_the_user(error: ValueError | OSError) -> bool:
-    """A file that cannot be used, or a ValueError of ours: any other is a bug, shown whole."""
+    """A file that cannot be used, or a ValueError of ours: any other is a bug, shown whole.
+
+    Ours is a UserError, or a plain ValueError from a `raise` in this package: what int() or a codec
+    raises where we call it is none.
+    """
     if isinstance(error, OSError):
         return error.errno is not None
+    if isinstance(error, UserError):
+        return True
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    return bool(trace) and trace.tb_frame.f_globals.get("__name__", "").startswith("everlong.")
+    if type(error) is not ValueError or trace is None:
+        return False
+    instruction = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]]
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    return module.startswith("everlong.") and instruction == "RAISE_VARARGS"
 
 
 def _say(message: str, code: int = UserError.exit_code) -> int:

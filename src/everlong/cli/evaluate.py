@@ -73,7 +73,9 @@ def _read(
     from everlong.cli.reader import Reader
 
     reader, nats = Reader(opened.model, opened.bos), 0.0
-    with surprise.open("w", encoding="utf-8") if surprise else nullcontext() as out:
+    # a file name that is not UTF-8 becomes JSON's own escapes: nothing of it is lost
+    file = surprise and surprise.open("w", encoding="utf-8", errors="backslashreplace")
+    with file or nullcontext() as out:
         for document in documents:
             reader.reset()
             for index, costs, ids in reader.read_document(document, wipe_every):

@@ -3,8 +3,9 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import chain, cycle
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 Results = dict[str, Any]
 STREAMED = (10, 1000)  # segments after which the bytes of state are measured
 _PASSAGE, _SHOWN, _CONTINUED = 4096, 160, 320  # tokens read before, shown of them, made
+_SLICE = 1 << 16  # tokens of a document read at a time
 
 
 def evaluate(
@@ -79,13 +81,18 @@ def _blocks(model: Any, texts: "Texts", length: int) -> Any:
     """The training text as one endless stream of segments, Int [1, S]."""
     import torch
 
-    from everlong.tasks.text import encode
-
     device = next(model.parameters()).device
-    ids = chain.from_iterable(encode(document, texts.train.bos) for document in cycle(texts.train))
+    ids = _ids(texts.train)
     while True:
-        block = [int(next(ids)) for _ in range(length)]
-        yield torch.tensor([block], device=device)
+        yield torch.tensor([list(islice(ids, length))], device=device)
+
+
+def _ids(documents: Any) -> Iterator[int]:
+    """All documents, over and over; a slice at a time, as they may be larger than memory."""
+    for document in cycle(documents):
+        yield documents.bos
+        for start in range(0, len(document), _SLICE):
+            yield from document[start : start + _SLICE].tolist()
 
 
 def is_bounded(config: Any) -> bool:
@@ -125,10 +132,9 @@ def show(results: Results) -> None:
 def continue_passage(model: Any, texts: "Texts") -> None:
     """Read a passage of the validation text, then go on with it."""
     from everlong.cli.reader import Reader, printer
-    from everlong.tasks.text import encode
 
     model.eval()
-    ids = encode(texts.validation[0], texts.validation.bos)[1:][:_PASSAGE]
+    ids = texts.validation[0][:_PASSAGE]
     reader = Reader(model, texts.validation.bos)
     reader.read(ids)
     shown = ids[-_SHOWN:]
@@ -154,10 +160,21 @@ def read_results(run_dir: Path) -> Results | None:
     """What `evaluate` wrote, None for a run that is not finished."""
     if not _file(run_dir).exists():
         return None
+    damaged = f"{_file(run_dir)} is damaged: remove it and resume the run"
     try:
-        return json.loads(_file(run_dir).read_text("utf-8"))
+        found = json.loads(_file(run_dir).read_text("utf-8"))
     except ValueError as error:
-        raise UserError(f"{_file(run_dir)} is damaged: remove it and resume the run") from error
+        raise UserError(damaged) from error
+    if not isinstance(found, dict) or not isinstance(found.get("steps"), int):
+        raise UserError(damaged)
+    rows = found.get("rows")
+    if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
+        raise UserError(damaged)
+    return found
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and {"name", "bits_per_byte"} <= row.keys()
 
 
 def _file(run_dir: Path) -> Path:

@@ -1,6 +1,7 @@
 """`everlong generate`: a stream continued, or read for ever in constant memory."""
 
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ def generate(  # noqa: PLR0913 (a command's options)
     temperature: Annotated[float, Parameter(validator=validators.Number(gte=0))] = 0.8,
     top_k: _Whole = None,
     top_p: Annotated[float | None, Parameter(validator=validators.Number(gt=0, lte=1))] = None,
-    seed: int = 0,
+    seed: Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**63))] = 0,
 ) -> None:
     """Continue a text; the continuation goes to stdout as it is made.
 
@@ -64,6 +65,10 @@ def generate(  # noqa: PLR0913 (a command's options)
     sampling = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    if stdin and sys.stdin is None:
+        raise UserError("standard input is closed: --stdin reads from a pipe or a file")
+    if save_state is not None:
+        _check_writable(save_state)
     reader, tokenizer = _open(run, load_state)
     try:
         if stdin:
@@ -89,6 +94,18 @@ def _open(run: Path, load_state: Path | None) -> tuple[Any, Any]:
             raise UserError(f"no state file at {load_state}: --save-state writes one")
         reader.load(load_state)
     return reader, opened.tokenizer
+
+
+def _check_writable(file: Path) -> None:
+    """Before anything is read: a long stream is not lost to a folder that is not there."""
+    from everlong.errors import UserError
+
+    if file.is_dir():
+        raise UserError(f"--save-state {file} is a folder: give a file in it")
+    if not file.parent.is_dir():
+        raise UserError(f"--save-state {file}: there is no folder {file.parent}, make it first")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--save-state {file}: the folder {file.parent} cannot be written")
 
 
 def _printer(tokenizer: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from everlong import state as states
@@ -83,8 +84,13 @@ class Reader:
         return states.num_bytes(self.state)
 
     def save(self, path: Path) -> None:
+        """`UserError` where the file cannot be written."""
         whole = {"stream": self.state, "held": self.held[0]}
-        states.save(whole, path, name=_name(self.model), config_hash=fingerprint(self.model))
+        origin = {"name": _name(self.model), "config_hash": fingerprint(self.model)}
+        try:
+            states.save(whole, path, **origin)
+        except (OSError, SafetensorError) as error:  # the latter is how safetensors says it
+            raise UserError(f"the state cannot be written to {path}: {error}") from error
 
     def load(self, path: Path) -> None:
         """`ValueError` for another model's state, or a damaged one."""

@@ -27,28 +27,37 @@ class Plan:
 def read_plan(recipe: "Recipe") -> Plan:
     """Raises `UserError`, naming the recipe, for a task that is not recall or cannot be."""
     from everlong.errors import UserError
-    from everlong.evaluation.recall import RecallRun, subjects
-    from everlong.registry import suggest
+    from everlong.evaluation.recall import RecallRun, check_counts, subjects
+    from everlong.registry import check_types, suggest
     from everlong.tasks.recall import RecallConfig
 
-    options = dict(recipe.task)
+    # TOML has lists, our configs tuples
+    options: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in recipe.task.items()
+    }
     name, form = options.pop("name", None), options.pop("form", "encoder-decoder")
     if name != "recall":
         raise UserError(f'{recipe.origin}: [task] name is {name!r}; there is only "recall"')
-    seeds = tuple(options.pop("seeds", (0, 1, 2)))
-    if not seeds:
-        raise UserError(f"{recipe.origin}: [task] seeds is empty: give at least one")
-    if "distractors" in options:
-        options["distractors"] = tuple(options["distractors"])
+    for section in ("model", "train"):
+        if getattr(recipe, section):
+            raise UserError(
+                f"{recipe.origin} trains on a generated task, which reads [task] alone: "
+                f"leave out [{section}] (task.steps, task.hidden_size and the like are there)"
+            )
+    seeds = options.pop("seeds", (0, 1, 2))
     known = {field.name for field in fields(RecallConfig)}
+    of_task = {k: v for k, v in options.items() if k in known}
     try:
-        task = RecallConfig(**{k: v for k, v in options.items() if k in known})
-    except (ValueError, TypeError) as error:
+        check_counts("seeds", seeds)
+        check_types(RecallConfig, of_task, "recall")
+        task = RecallConfig(**of_task)
+        run = RecallRun(**{k: v for k, v in options.items() if k not in known})
+    except ValueError as error:
         raise UserError(f"{recipe.origin}: [task] {error}") from error
-    run = RecallRun(**{k: v for k, v in options.items() if k not in known})
     choices = list(subjects(task, run))
     if form not in choices:
-        hint = suggest(form, choices) or f" (there are {', '.join(choices)})"
+        hint = suggest(str(form), choices) or f" (there are {', '.join(choices)})"
         raise UserError(f"{recipe.origin}: [task] no form {form!r}{hint}")
     return Plan(form, seeds, task, run)
 

@@ -39,9 +39,10 @@ def open_run(folder: Path) -> Run:
         raise UserError(f"no run at {folder}: give the folder that `everlong train` wrote")
     recipe, segment_length, weights = None, None, folder
     if not (folder / "model.safetensors").exists():
-        config = read_config(folder)
+        config = described(folder)
         segment_length = config.get("train", {}).get("segment_length")
-        recipe = Recipe.from_table(config.get("recipe", {}), str(folder))
+        if "recipe" in config:
+            recipe = Recipe.from_table(config["recipe"], str(folder / "config.json"))
         finished = folder / "model"
         weights = finished if finished.exists() else checkpoints.latest(folder)
     model = _load(weights).eval()
@@ -51,6 +52,17 @@ def open_run(folder: Path) -> Run:
         source = recipe.data.tokenizer if recipe and recipe.data.tokenizer else weights
         tokenizer = load_tokenizer(source)
     return Run(folder, model, tokenizer, recipe, segment_length)
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """The run's config.json; `UserError` where it is not what a training wrote."""
+    config = read_config(folder)
+    parts = ("train", "recipe")
+    if not isinstance(config, dict) or any(
+        not isinstance(config.get(part, {}), dict) for part in parts
+    ):
+        raise UserError(f"{folder / 'config.json'} is damaged: it does not describe a run")
+    return config
 
 
 def best_device() -> torch.device:

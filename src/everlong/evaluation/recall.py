@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from everlong.models.config import EverlongConfig
 from everlong.models.hub import EverlongForCausalLM
 from everlong.provenance import write_results
+from everlong.registry import check_types
 from everlong.state import State
 from everlong.tasks.recall import IGNORED, RecallBatch, RecallConfig, make_batch
 from everlong.training.horizon import Horizon
@@ -36,6 +37,25 @@ class RecallRun:
     num_slots: int = 4
     test_items: int = 512
     distractors: tuple[int, ...] = (0, 4, 8, 32)
+
+    def __post_init__(self) -> None:
+        """`ValueError`, naming the option, for a wrong type or an impossible value."""
+        plain = {name: value for name, value in vars(self).items() if name != "distractors"}
+        check_types(RecallRun, plain, "recall")
+        for name in ("batch_size", "hidden_size", "num_heads", "num_slots", "test_items"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more")
+        if self.steps < 0 or self.learning_rate <= 0:
+            raise ValueError("steps must be at least 0 and learning_rate above 0")
+        check_counts("distractors", self.distractors)
+
+
+def check_counts(name: str, values: Any) -> None:
+    """`ValueError` for what is not a tuple of whole numbers from 0."""
+    whole = isinstance(values, tuple) and all(type(n) is int and 0 <= n < 2**63 for n in values)
+    if not whole or not values:
+        shown = list(values) if isinstance(values, tuple) else values
+        raise ValueError(f"{name} is {shown!r}: give a list of whole numbers, such as [0, 1, 2]")
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,10 @@ class EverlongConfig(PreTrainedConfig):
     def __post_init__(self, **others: Any) -> None:
         for key in others:
             self._refuse_near_miss(key)
-        self.layers = [self.layers] if isinstance(self.layers, str) else list(self.layers)
-        self.mixers = self.mixers or {}
+        self.layers = [self.layers] if isinstance(self.layers, str) else self.layers
+        self.mixers = {} if self.mixers is None else self.mixers
+        self._check_types()
+        self.layers = list(self.layers)
         super().__post_init__(**others)
         for name, value in _BYTE_IDS.items():
             if getattr(self, name) == value >= self.vocab_size:
@@ -93,6 +95,7 @@ class EverlongConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """`ValueError` with the remedy for what no model could be built from."""
+        self._check_types()
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
             value = getattr(self, name)
             if name == "intermediate_size" and value is None:
@@ -103,8 +106,11 @@ class EverlongConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not divide into num_heads {self.num_heads}"
             )
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
+        for name in ("tie_word_embeddings", "use_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         self._check_special_tokens()
         if not self.layers:
             raise ValueError('layers is empty: name at least one mixer, such as ["attention"]')
@@ -113,10 +119,31 @@ class EverlongConfig(PreTrainedConfig):
         if self.segment is not None:
             self._check_segment(self.segment)
 
+    def _check_types(self) -> None:
+        """What is computed with before or during `check`."""
+        if not isinstance(self.layers, list | tuple):
+            raise ValueError(
+                f'layers must be a list of names, such as ["attention"], got {self.layers!r}'
+            )
+        if not isinstance(self.mixers, Mapping):
+            raise ValueError(
+                "mixers must be a table of options by mixer, such as "
+                f'{{"sliding_attention": {{"window": 64}}}}, got {self.mixers!r}'
+            )
+        if type(self.vocab_size) is not int or self.vocab_size < 1:
+            raise ValueError(
+                f"vocab_size must be a whole number of at least 1, got {self.vocab_size!r}"
+            )
+        for name in _BYTE_IDS:
+            value = getattr(self, name)
+            many = name == "eos_token_id" and isinstance(value, list | tuple)
+            if any(type(token) not in (int, type(None)) for token in (value if many else [value])):
+                raise ValueError(f"{name} must be a token id (a whole number), got {value!r}")
+
     def _check_special_tokens(self) -> None:
         for name in _BYTE_IDS:
             value = getattr(self, name)
-            for token in value if isinstance(value, list) else [value]:
+            for token in value if isinstance(value, list | tuple) else [value]:
                 if token is not None and not 0 <= token < self.vocab_size:
                     raise ValueError(
                         f"{name} {token} is not in a vocabulary of {self.vocab_size}: "
@@ -129,6 +156,8 @@ class EverlongConfig(PreTrainedConfig):
                 'segment must be None or a table with a "name" and options, such as '
                 f'{{"name": "memformer", "segment_length": 256}}; got {segment!r}'
             )
+        if not isinstance(segment["name"], str):
+            raise ValueError(f"the segment's name must be a string, got {segment['name']!r}")
         options = {key: value for key, value in segment.items() if key != "name"}
         self._check_memory(segment["name"], options, "segments", "segment")
         if options.get("encoder_layers") and self.bos_token_id is None:

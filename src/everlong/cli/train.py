@@ -76,6 +76,7 @@ def train(  # noqa: PLR0913 (a command's options)
             from everlong.cli.recall import train_recall
 
             given = {"--data": data, "--memory": memory, "--tokenizer": tokenizer}
+            given |= {"--device": device}
             train_recall(chosen, given, out or _new_run(chosen.origin), dry_run)
             return
         if memory is not None:
@@ -135,8 +136,9 @@ def _resumed(
     from everlong import recipes
     from everlong.cli.final import read_results, show
     from everlong.cli.prepare import load_texts
+    from everlong.cli.runs import described
     from everlong.errors import UserError
-    from everlong.training import checkpoints, run
+    from everlong.training import checkpoints
     from everlong.training.config import FIXED, TrainConfig
 
     run_dir = resume.parent if (resume / "manifest.json").exists() else resume
@@ -147,7 +149,12 @@ def _resumed(
         raise UserError(
             f"--resume goes on with what {run_dir} was started with: leave out {given[0]}"
         )
-    described = run.read_config(run_dir)
+    about = described(run_dir)
+    if "recipe" not in about:
+        raise UserError(
+            f"{run_dir} was not started by `everlong train`: go on with it in Python, with "
+            f"everlong.training.loop.train(..., resume={str(run_dir)!r})"
+        )
     source = resume if run_dir != resume else checkpoints.latest(run_dir)
     options = checkpoints.load(source)["config"]
     for change in changes:
@@ -155,7 +162,7 @@ def _resumed(
     if device is not None:
         options["device"] = device
     config = TrainConfig(**options)
-    recipe = recipes.Recipe.from_table(described["recipe"], str(run_dir))
+    recipe = recipes.Recipe.from_table(about["recipe"], str(run_dir / "config.json"))
     results = read_results(run_dir)
     if results is not None and results["steps"] >= config.steps and resume == run_dir:
         print(f"{run_dir} is finished; --set train.steps=N goes on from step {results['steps']:,}")

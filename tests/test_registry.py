@@ -173,3 +173,14 @@ def test_a_union_with_none_takes_both():
         everlong.create_memory("attention", hidden_size=24, num_heads=3, capacity=2.5)
     with pytest.raises(ValueError, match="dropout must be at least 0 and below 1"):
         everlong.create_memory("attention", hidden_size=24, num_heads=3, dropout=2)
+
+
+def test_only_plain_types_and_their_unions_are_checked():
+    @dataclasses.dataclass
+    class Options:
+        betas: tuple[float, float] = (0.9, 0.95)
+        rate: float | None = None
+
+    registry.check_types(Options, {"betas": (1, 2), "rate": 1}, "these")
+    with pytest.raises(ValueError, match="these: rate must be None or a number"):
+        registry.check_types(Options, {"rate": "fast"}, "these")

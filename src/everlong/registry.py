@@ -7,7 +7,8 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 ROOMS = ("mixers", "segments")
 
@@ -129,7 +130,8 @@ def check_types(config: type, options: Mapping[str, Any], origin: str) -> None:
     """
     hints = get_type_hints(config)
     for key, value in options.items():
-        kinds = set(get_args(hints[key])) or {hints[key]}
+        union = get_origin(hints[key]) in (Union, UnionType)
+        kinds = set(get_args(hints[key])) if union else {hints[key]}
         if not kinds <= {int, float, bool, str, type(None)}:
             continue
         allowed = kinds | ({int} if float in kinds else set())

@@ -14,7 +14,7 @@ class DamagedCheckpoint(UserError):
 
 
 class Diverged(UserError):
-    """Loss or gradients are no longer finite; the model still has the weights before that step."""
+    """Loss, gradients or weights are no longer finite; the last good checkpoint is named."""
 
 
 class Interrupted(Exception):

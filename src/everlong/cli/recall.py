@@ -76,6 +76,8 @@ def train_recall(recipe: "Recipe", given: Mapping[str, Any], run_dir: Path, dry_
     print(f"{model.num_parameters():,} parameters, {plan.form}, {plan.run.steps:,} steps")
     if dry_run:
         return
+    if run_dir.exists():
+        raise UserError(f"{run_dir} exists: give --out a new folder")
     run_dir.mkdir(parents=True)
     started, every = time.perf_counter(), max(1, plan.run.steps // 10)
 

@@ -57,6 +57,18 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
 
+    def empty_cache(
+        self, batch_size: int, places: int, device: torch.device, dtype: torch.dtype
+    ) -> State:
+        """Keys and values [B, places, H, d] and the clock of fresh streams.
+
+        The places share one zero in memory: empty caches cost a replay buffer nothing.
+        """
+        shape = (batch_size, places, self.num_heads, self.out.in_features // self.num_heads)
+        empty = torch.zeros((), device=device, dtype=dtype).expand(shape)
+        position = torch.zeros(batch_size, device=device, dtype=torch.long)
+        return {"keys": empty, "values": empty, "position": position}
+
     def project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, D] -> queries, keys (both turned by their positions) and values [B, T, H, d]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
@@ -102,14 +114,7 @@ class Attention(Stateful):
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         device, dtype = self._defaults(device, dtype)
-        heads, width = self.config.num_heads, self.config.hidden_size // self.config.num_heads
-        shape = (batch_size, self.config.capacity or 1, heads, width)
-        empty = torch.zeros((), device=device, dtype=dtype).expand(shape)  # one zero in memory
-        return {
-            "keys": empty,
-            "values": empty,
-            "position": torch.zeros(batch_size, device=device, dtype=torch.long),
-        }
+        return self.attention.empty_cache(batch_size, self.config.capacity or 1, device, dtype)
 
     def run(
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None

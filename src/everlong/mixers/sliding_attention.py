@@ -55,14 +55,7 @@ class SlidingAttention(Stateful):
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         device, dtype = self._defaults(device, dtype)
-        heads, width = self.config.num_heads, self.config.hidden_size // self.config.num_heads
-        shape = (batch_size, self.config.window, heads, width)
-        empty = torch.zeros((), device=device, dtype=dtype).expand(shape)  # one zero in memory
-        return {
-            "keys": empty,
-            "values": empty,
-            "position": torch.zeros(batch_size, device=device, dtype=torch.long),
-        }
+        return self.attention.empty_cache(batch_size, self.config.window, device, dtype)
 
     def run(
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None

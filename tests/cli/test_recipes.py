@@ -151,3 +151,11 @@ def test_a_mixer_becomes_every_layer_and_reads_as_much_at_once_as_a_segment():
 def test_a_recipe_survives_being_written_into_a_run():
     recipe = recipes.load("demo")
     assert recipes.Recipe.from_table(recipe.table(), recipe.origin) == recipe
+
+
+def test_an_empty_section_takes_the_base_s_away(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "default"\n[model]\nlayers = ["sliding_attention"]\nsegment = {}\n')
+    recipe = recipes.load(str(file))
+    assert recipe.model["segment"] == {}
+    assert recipe.model["hidden_size"] == recipes.load("default").model["hidden_size"]

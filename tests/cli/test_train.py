@@ -323,3 +323,9 @@ def test_a_signal_ends_it_with_a_checkpoint_and_the_command_that_goes_on(
     done, _, err = call("train", "--resume", tmp_path / "run", "--set", f"train.steps={step + 1}")
     assert done == 0, err
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == step + 1
+
+
+@pytest.mark.parametrize("change", ["model.segment.num_slotz=4", "model.segment.name=memformer"])
+def test_a_change_that_the_memory_drops_is_refused(refused, change):
+    error = refused("train", "smoke", "--dry-run", "--memory", "attention", "--set", change)
+    assert f"--set {change} means nothing with --memory attention" in error

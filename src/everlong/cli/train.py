@@ -81,6 +81,7 @@ def train(  # noqa: PLR0913 (a command's options)
             return
         if memory is not None:
             chosen = recipes.with_memory(chosen, memory)
+            recipes.check_kept(chosen, changes, memory)
         plan = _fresh(chosen, data, tokenizer, device, out)
     if dry_run:
         from everlong.cli.estimate import print_estimate

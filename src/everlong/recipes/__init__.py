@@ -93,6 +93,17 @@ def with_memory(recipe: Recipe, name: str) -> Recipe:
     return replace(recipe, model=recipe.model | alone, train=length | recipe.train)
 
 
+def check_kept(recipe: Recipe, changes: Iterable[str], memory: str) -> None:
+    """`ValueError` for a change that choosing `memory` has made meaningless."""
+    for change in changes:
+        at, wanted = recipe.table(), parse_change(change)
+        while isinstance(wanted, dict) and wanted:
+            key, wanted = next(iter(wanted.items()))
+            at = at.get(key) if isinstance(at, dict) else None
+        if at != wanted:
+            raise ValueError(f"--set {change} means nothing with --memory {memory}: drop one")
+
+
 def _origin(source: str) -> str:
     return source if _is_path(source) else f"recipe {source!r}"
 
@@ -136,9 +147,10 @@ def _read_file(path: Path) -> str:
 
 
 def _merge(base: Table, top: Table) -> Table:
+    """`top` over `base`, section by section; an empty section empties the base's."""
     merged = dict(base)
     for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        both = value and isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = _merge(base[key], value) if both else value
     return merged
 

@@ -94,7 +94,7 @@ class Stateful(nn.Module):
             return state
         fresh = self.init_state(rows.shape[0], device=rows.device)
         fresh = states.tree_map(lambda new, old: new.to(old.dtype), fresh, state)
-        return states.where(rows, fresh, state)
+        return fresh if bool(rows.all()) else states.where(rows, fresh, state)
 
     def forward(
         self,

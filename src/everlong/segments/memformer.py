@@ -204,8 +204,6 @@ class Memformer(SegmentMemory):
                 "hidden": segment["hidden"].new_zeros(()).expand_as(segment["hidden"]),
             }
             if not self.config.carry_core:
-                dtype = segment["hidden"].dtype
-                fresh = self.core.init_state(full.shape[0], device=y.device, dtype=dtype)
-                layers = choose_rows(full, fresh, layers)
+                layers = self.core.reset(layers, full)
             segment = choose_rows(full, written, segment)
         return y, {**state, "layers": layers, "segment": segment}

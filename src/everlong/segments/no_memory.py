@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from everlong import state as states
 from everlong.mixers.attention import check_heads
 from everlong.registry import register
-from everlong.segments.clock import SegmentMemory, choose_rows
+from everlong.segments.clock import SegmentMemory
 from everlong.stack import Stack, StackConfig
 from everlong.state import State
 from everlong.stateful import Stateful, Trace
@@ -75,7 +74,5 @@ class NoMemory(SegmentMemory):
     ) -> tuple[Tensor, State]:
         y, layers = self.core(x, state["layers"], trace=trace, lengths=lengths)
         if full is not None:
-            fresh = self.core.init_state(full.shape[0], device=y.device)
-            fresh = states.tree_map(lambda new, old: new.to(old.dtype), fresh, layers)
-            layers = choose_rows(full, fresh, layers)
+            layers = self.core.reset(layers, full)
         return y, {**state, "layers": layers}

@@ -19,6 +19,15 @@ Memory = tuple[Tensor, Tensor | None]  # what a block may read: [B, N, D] and it
 
 
 @dataclass(frozen=True)
+class Taps:
+    """What a memory does at each layer of a core: `enter(i, x)` makes the input of layer i from
+    what the layer below gave, `leave(i, y)` sees the output of layer i. Both [B, T, D]."""
+
+    enter: Callable[[int, Tensor], Tensor]
+    leave: Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
 class StackConfig:
     """layers: the mixer of each layer, by name; mixers: options by mixer name; capacity (tokens):
     bound for unbounded mixers in a stream that ends there, such as a segment."""
@@ -74,7 +83,7 @@ class Read(nn.Module):
             mask = mask[:, None, None]
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        if trace is not None:
+        if trace is not None and trace.recording:
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
             if mask is not None:
                 scores = scores.masked_fill(~mask, float("-inf"))
@@ -103,8 +112,9 @@ class Block(nn.Module):
         lengths: Tensor | None,
         trace: Trace | None,
         memory: Memory | None,
+        **inputs: Any,
     ) -> tuple[Tensor, State]:
-        y, state = self.mixer(self.mixer_norm(x), state, trace=trace, lengths=lengths)
+        y, state = self.mixer(self.mixer_norm(x), state, trace=trace, lengths=lengths, **inputs)
         x = x + self.dropout(y)
         if self.reader is not None and self.read_norm is not None:
             assert memory is not None, "a block with a reader is called with a memory"
@@ -115,7 +125,9 @@ class Block(nn.Module):
 class Stack(Stateful):
     """Blocks in a row and a final norm: [B, T, D] -> [B, T, D]; the state is one entry a layer.
 
-    `reader` makes the read sub-layer of each block; `run` is then given `memory`.
+    `reader` makes the read sub-layer of each block; `run` is then given `memory`. `run` with
+    `mutual=True`: the positions of the call see each other, not only those before (attention
+    layers only). `run` with `taps`: a memory takes part at every layer.
     """
 
     def __init__(self, config: StackConfig, reader: Callable[[], Read] | None = None):
@@ -143,6 +155,10 @@ class Stack(Stateful):
         return registry.create_memory(name, hidden_size=self.config.hidden_size, **options)
 
     @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
     def bounded(self) -> bool:
         """Whether the state keeps its size for ever (with a capacity it does until it is full)."""
         return all(registry.memory_entry(name).bounded for name in self.config.layers)
@@ -158,9 +174,15 @@ class Stack(Stateful):
         lengths: Tensor | None,
         trace: Trace | None,
         memory: Memory | None = None,
+        mutual: bool = False,
+        taps: Taps | None = None,
     ) -> tuple[Tensor, State]:
         states = []
-        for block, layer_state in zip(self.blocks, state, strict=True):
-            x, layer_state = block(x, layer_state, lengths, trace, memory)
+        inputs = {"mutual": True} if mutual else {}
+        for i, (block, layer_state) in enumerate(zip(self.blocks, state, strict=True)):
+            x = x if taps is None else taps.enter(i, x)
+            x, layer_state = block(x, layer_state, lengths, trace, memory, **inputs)
+            if taps is not None:
+                taps.leave(i, x)
             states.append(layer_state)
         return self.norm(x), tuple(states)

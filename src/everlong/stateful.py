@@ -16,11 +16,13 @@ from everlong.state import State
 class Trace:
     """What a caller wants to see besides the result. Memories append to it and keep nothing.
 
-    `losses[name]` are scalars to add to the training loss, with their graph; `records[name]` are
-    detached tensors for inspection, in the order they were made.
+    `losses[name]` are scalars to add to the training loss a token (nats or what weighs like them),
+    with their graph; `records[name]` are detached tensors for inspection, in the order they were
+    made. With `recording=False` only losses are wanted: what costs more than a record is skipped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recording: bool = True) -> None:
+        self.recording = recording
         self.losses: dict[str, list[Tensor]] = {}
         self.records: dict[str, list[Tensor]] = {}
 
@@ -28,6 +30,8 @@ class Trace:
         self.losses.setdefault(name, []).append(value)
 
     def record(self, name: str, value: Tensor) -> None:
+        if not self.recording:
+            return
         self.records.setdefault(name, []).append(value.detach())
 
 

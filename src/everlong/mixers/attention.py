@@ -117,8 +117,14 @@ class Attention(Stateful):
         return self.attention.empty_cache(batch_size, self.config.capacity or 1, device, dtype)
 
     def run(
-        self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
+        self,
+        x: Tensor,
+        state: State,
+        lengths: Tensor | None,
+        trace: Trace | None,
+        mutual: bool = False,
     ) -> tuple[Tensor, State]:
+        """`mutual=True`: the positions of this call also see those of it that come later."""
         position, length = state["position"], x.shape[1]
         after = position + (length if lengths is None else lengths)
         total, place = int(after.max()), common_value(position)
@@ -130,7 +136,11 @@ class Attention(Stateful):
         q, k, v = self.attention.project(x, position)
         keys = write_at(pad_length(state["keys"], total), k, position, lengths)
         values = write_at(pad_length(state["values"], total), v, position, lengths)
-        if place == 0:
+        if mutual:
+            mask = torch.arange(total, device=x.device) < after[:, None]
+            mask = mask[:, None].expand(-1, length, -1)
+            y = self.attention.attend(q, keys[:, :total], values[:, :total], mask)
+        elif place == 0:
             y = self.attention.attend(q, k, v, None, causal=True)
         else:
             mask = None

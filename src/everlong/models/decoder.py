@@ -56,10 +56,7 @@ class Decoder(Stateful):
             self.core = Stack(stack_config(config, capacity=None))
             return
         entry, options = segment_memory(config)
-        carried = getattr(options, "carry_core", False)  # else the core lives within a segment
-        capacity = None if carried else options.segment_length
-        reader = entry.cls.reader(options, config.dropout) if hasattr(entry.cls, "reader") else None
-        self.core = entry.cls(options, Stack(stack_config(config, capacity), reader))
+        self.core = entry.cls(options, entry.cls.make_core(options, stack_config(config, None)))
         self.period = self.core.period
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:

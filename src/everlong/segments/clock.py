@@ -3,10 +3,14 @@
 B batch, T time, S segment length.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from everlong import state as states
+from everlong.stack import Stack, StackConfig
 from everlong.state import State, pad_length
 from everlong.stateful import Stateful, Trace
 
@@ -19,6 +23,15 @@ class SegmentMemory(Stateful):
     row. A memory reads one in `span`, and does there the work of the rows that fill a segment with
     it (eager: in the call that delivers the segment's last token).
     """
+
+    @classmethod
+    def make_core(cls, config: Any, stack: StackConfig) -> Stateful:
+        """The core of this memory for a model whose layers are those of `stack`.
+
+        A memory overrides it to say how many positions its core reads between two wipes
+        (`capacity`), or what its layers are besides.
+        """
+        return Stack(replace(stack, capacity=config.segment_length))
 
     def span(
         self,

@@ -4,7 +4,7 @@ B batch, T time, D hidden_size, H heads, N slots, S segment length.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 
@@ -150,12 +150,8 @@ class Memformer(SegmentMemory):
                 "`segment`; as a memory use encoder_layers=0"
             )
         if core is None:
-            capacity = None if config.carry_core else config.segment_length
             layers = ("sliding_attention",) if config.carry_core else ("attention",)
-            core = Stack(
-                StackConfig(config.hidden_size, config.num_heads, layers, capacity=capacity),
-                self.reader(config),
-            )
+            core = self.make_core(config, StackConfig(config.hidden_size, config.num_heads, layers))
         if "memory" not in signature(core.run).parameters:
             raise ValueError(
                 "the core of a memformer reads slots: its run takes memory=, as that of a Stack "
@@ -166,6 +162,11 @@ class Memformer(SegmentMemory):
         self.config, self.hidden_size = config, config.hidden_size
         self.period = config.segment_length
         self.core, self.writer = core, SlotWriter(config)
+
+    @classmethod
+    def make_core(cls, config: MemformerConfig, stack: StackConfig) -> Stack:
+        capacity = None if config.carry_core else config.segment_length
+        return Stack(replace(stack, capacity=capacity), cls.reader(config, stack.dropout))
 
     @staticmethod
     def reader(config: MemformerConfig, dropout: float = 0.0) -> Callable[[], Read]:

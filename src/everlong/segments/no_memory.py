@@ -11,7 +11,7 @@ from torch import Tensor
 from everlong.mixers.attention import check_heads
 from everlong.registry import register
 from everlong.segments.clock import SegmentMemory
-from everlong.stack import Stack, StackConfig
+from everlong.stack import StackConfig
 from everlong.state import State
 from everlong.stateful import Stateful, Trace
 
@@ -50,10 +50,7 @@ class NoMemory(SegmentMemory):
     def __init__(self, config: NoMemoryConfig, core: Stateful | None = None):
         super().__init__()
         if core is None:
-            shape = StackConfig(
-                config.hidden_size, config.num_heads, capacity=config.segment_length
-            )
-            core = Stack(shape)
+            core = self.make_core(config, StackConfig(config.hidden_size, config.num_heads))
         self.config, self.hidden_size = config, config.hidden_size
         self.period, self.core = config.segment_length, core
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from everlong import state as states
 from everlong.errors import UserError
 from everlong.state import State
+from everlong.stateful import Trace
 from everlong.tasks.text import Documents
 from everlong.training import checkpoints
 from everlong.training.config import (
@@ -39,12 +40,20 @@ Autocast = Callable[[], AbstractContextManager]
 
 
 def segment_step(model: Any, autocast: Autocast) -> Callable[[Batch, State], tuple[Tensor, State]]:
-    """`step(segment, state) -> (nats summed over the segment's targets, state)`."""
+    """`step(segment, state) -> (nats summed over the segment's targets, state)`.
+
+    A memory's own losses, which weigh as much as nats a token, are in its gradient, not its value.
+    """
 
     def step(segment: Batch, state: State) -> tuple[Tensor, State]:
+        trace = Trace(recording=False)
         with autocast():
-            logits, state = model.stream(segment["inputs"], state, segment.get("mask"))
-        return cross_entropy(logits, segment["targets"]), state
+            logits, state = model.stream(segment["inputs"], state, segment.get("mask"), trace)
+        nats = cross_entropy(logits, segment["targets"])
+        if own := [value.float() for values in trace.losses.values() for value in values]:
+            weighted = torch.stack(own).sum() * (segment["targets"] != IGNORE).sum()
+            nats = nats + weighted - weighted.detach()
+        return nats, state
 
     return step
 

@@ -19,6 +19,9 @@ _COMMANDS = {
 _BENCHES = {
     "replay": "Memory replay against back-propagation through time: memory and time.",
     "recall": "Train the recall task and its controls over three seeds.",
+    "copy": "Copy a source across segments: tokens that recur against a cache.",
+    "delayed": "Recall the first symbol after long delays: Stable Hadamard Memory and a GRU.",
+    "language": "Every memory on a text at equal parameters: bits per byte, bytes of state.",
 }
 
 

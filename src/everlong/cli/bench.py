@@ -68,5 +68,36 @@ def recall(
     bench_recall(recipes.load(recipe, changes), out / "recall.json", _say)
 
 
+def language(
+    *names: str,
+    recipe: str = "families",
+    changes: Annotated[tuple[str, ...], Parameter(name="--set", negative=())] = (),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    out: Path = Path("runs/bench"),
+) -> None:
+    """Bits per byte against bytes of state at equal parameters and equal tokens.
+
+    Every memory is trained as its own recipe's model (or as --memory NAME on the default), by the
+    given recipe's [data] and [train]. What is finished in the folder is not trained again.
+
+    Parameters
+    ----------
+    names
+        Memories from `everlong list`; all of them if left out.
+    recipe
+        What the parameters of its model are matched to, the text, and the training.
+    changes
+        section.key=value, over what the recipe says; may be repeated.
+    seeds
+        One training each.
+    out
+        The folder that language.json and language.png are written to, beside the runs.
+    """
+    from everlong import recipes
+    from everlong.cli.families import bench_language
+
+    bench_language(recipes.load(recipe, changes), names, seeds, out, _say)
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from everlong import EverlongConfig, EverlongForCausalLM
+from everlong import EverlongConfig
 from everlong.errors import UserError
+from everlong.models.sizing import build, with_parameters
 from everlong.recipes import Data, Recipe
 from everlong.tasks.text import BOS, VOCAB_SIZE, Documents, load_documents, split, tokenize
 from everlong.training.config import TrainConfig, choose_device
-
-TWIN_TOLERANCE = 0.01  # of the parameters
 
 
 @dataclass(frozen=True)
@@ -70,37 +69,20 @@ def model_config(recipe: Recipe, texts: Texts) -> EverlongConfig:
     return config
 
 
-def build(config: EverlongConfig, seed: int) -> EverlongForCausalLM:
-    """A fresh model; torch's own generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return EverlongForCausalLM(config)
-
-
 def twin_config(config: EverlongConfig, segment_length: int) -> EverlongConfig:
     """A model of as many parameters that sees its own segment alone, and remembers nothing.
 
     The layers are those inside the segment memory, or attention where the layers are the memory.
     Parameters are matched by `intermediate_size`, to 1 %; `UserError` where that cannot be.
     """
-    wanted = build(config, 0).num_parameters()
     options = {name: getattr(config, name) for name in _SHARED}
     if config.segment is not None:
         options |= {"layers": config.layers, "mixers": config.mixers}
     options["segment"] = {"name": "no_memory", "segment_length": segment_length}
-    sizes = [
-        build(EverlongConfig(**options, intermediate_size=size), 0).num_parameters()
-        for size in (1, 2)
-    ]
-    best = 1 + round((wanted - sizes[0]) / (sizes[1] - sizes[0]))
-    twin = EverlongConfig(**options, intermediate_size=max(1, best))
-    count = build(twin, 0).num_parameters()
-    if abs(count - wanted) > TWIN_TOLERANCE * wanted:
-        raise UserError(
-            f"no memory-less twin has {wanted:,} parameters (the nearest {count:,}): "
-            "set twin = false, or make the model larger"
-        )
-    return twin
+    try:
+        return with_parameters(EverlongConfig(**options), build(config, 0).num_parameters())
+    except UserError as error:
+        raise UserError(f"no memory-less twin: {error}; or set twin = false") from error
 
 
 def device_of(config: TrainConfig) -> torch.device:

@@ -189,6 +189,13 @@ def compare(
     return rows
 
 
+def interval(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval of the mean (Student's t); None for one value or more than five."""
+    if len(values) not in _T95:
+        return None
+    return _T95[len(values)] * stdev(values) / len(values) ** 0.5
+
+
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mean over seeds with a 95 % interval (Student's t), by name and number of distractors."""
     groups: dict[tuple[str, int], list[float]] = {}
@@ -199,9 +206,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "name": name,
             "distractors": count,
             "mean": mean(values),
-            "interval": _T95[len(values)] * stdev(values) / len(values) ** 0.5
-            if len(values) in _T95
-            else None,
+            "interval": interval(values),
             "worst": min(values),
             "best": max(values),
         }

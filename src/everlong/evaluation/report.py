@@ -1,6 +1,8 @@
 """What a run looks like: its curves as a picture."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -51,6 +53,26 @@ def plot_curves(metrics: Path | str, png: Path | str) -> Path:
     norms.set_ylabel("gradient norm", color="tab:gray")
     figure.savefig(png, dpi=120)
     return Path(png)
+
+
+def plot_scores(rows: Iterable[Mapping[str, Any]], png: Path) -> None:
+    """Bits per byte against bytes of state, a point a memory."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        axes.errorbar(row["state_bytes"], row["bits_per_byte"], row["interval"], fmt="o", capsize=3)
+        axes.annotate(
+            row["name"],
+            (row["state_bytes"], row["bits_per_byte"]),
+            xytext=(5, 5),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes of one stream's state")
+    axes.set_ylabel("bits per byte, validation text")
+    axes.grid(alpha=0.3)
+    figure.savefig(png, dpi=120)
 
 
 def _smooth(values: list[float]) -> np.ndarray:

@@ -1,0 +1,80 @@
+"""`everlong bench language`: each memory's own model, one text, one training, equal parameters."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from everlong import recipes
+from everlong.cli.prepare import build, load_texts, model_config
+from everlong.cli.progress import console
+from everlong.errors import UserError
+from everlong.evaluation import families
+from everlong.models.sizing import with_parameters
+from everlong.recipes import Recipe
+from everlong.registry import list_memories, memory_entry
+from everlong.training.config import TrainConfig
+
+
+def bench_language(
+    recipe: Recipe,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Train what is missing in `out`, then the table, the JSON and the picture."""
+    if recipe.task:
+        raise UserError(f"{recipe.origin} trains on a generated task: name one that reads a text")
+    texts = load_texts(recipe.data)
+    first = model_config(recipe, texts)
+    wanted = build(first, 0).num_parameters()
+    shared = TrainConfig(**recipe.train)
+    if shared.segment_length is None:
+        raise UserError(f"{recipe.origin}: give train.segment_length, the same for every memory")
+    names = names or list_memories()
+    configs = {}
+    for name in names:
+        configs[name] = with_parameters(model_config(_contender(recipe, name), texts), wanted)
+    rows = []
+    for seed in seeds:
+        for name, config in configs.items():
+            options = replace(shared, seed=seed)
+            folder = out / "language" / f"{name}-{seed}"
+            row = families.measure(name, config, (texts.train, texts.validation), options, folder)
+            say(f"{name}, seed {seed}: {row['bits_per_byte']:.3f} bits per byte")
+            rows.append(row)
+    _table(rows)
+    about = {"recipe": recipe.table(), "models": {n: c.to_diff_dict() for n, c in configs.items()}}
+    about = json.loads(json.dumps(about))
+    families.write(out / "language.json", about, rows, "everlong bench language")
+    print(f"{wanted:,} parameters, {len(seeds)} seeds; written to {out}")
+
+
+def _contender(base: Recipe, name: str) -> Recipe:
+    """The model of the memory's own recipe, or of `--memory NAME`, in the training of `base`."""
+    memory_entry(name)
+    if name in recipes.shipped():
+        return replace(base, origin=f"recipe {name!r}", model=recipes.load(name).model)
+    return recipes.with_memory(base, name)
+
+
+def _table(rows: Sequence[families.Row]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("memory")
+    columns = ("bits per byte", "gain over wiped", "bytes of state", "tokens/s", "parameters")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in families.summary(rows):
+        spread = "" if row["interval"] is None else f" ± {row['interval']:.3f}"
+        table.add_row(
+            row["name"],
+            f"{row['bits_per_byte']:.3f}{spread}",
+            "" if row["gain"] is None else f"{row['gain']:+.3f}",
+            f"{row['state_bytes']:,}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['parameters']:,}",
+        )
+    console().print(table)

@@ -48,6 +48,7 @@ def replay(*, out: Path = Path("runs/bench")) -> None:
 def recall(
     recipe: str = "recall",
     *,
+    family: str | None = None,
     changes: Annotated[tuple[str, ...], Parameter(name="--set", negative=())] = (),
     out: Path = Path("runs/bench"),
 ) -> None:
@@ -57,14 +58,20 @@ def recall(
     ----------
     recipe
         A recipe with a [task] section.
+    family
+        Compare the memories of a family instead: recurrence. What is finished in the folder is not
+        trained again.
     changes
         section.key=value, over what the recipe says; may be repeated.
     out
-        The folder that recall.json is written to.
+        The folder that recall.json (or recall-FAMILY.json and its picture) is written to.
     """
     from everlong import recipes
-    from everlong.cli.recall import bench_recall
+    from everlong.cli.recall import bench_family, bench_recall
 
+    if family is not None:
+        bench_family(recipes.load(recipe, changes), family, out, _say)
+        return
     bench_recall(recipes.load(recipe, changes), out / "recall.json", _say)
 
 

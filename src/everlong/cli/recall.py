@@ -117,6 +117,32 @@ def bench_recall(recipe: "Recipe", path: Path, say: Callable[[str], None]) -> No
     print(f"written to {path}")
 
 
+def bench_family(recipe: "Recipe", family: str, out: Path, say: Callable[[str], None]) -> None:
+    """Every memory of a family over the seeds: table, JSON and picture; resumable."""
+    from everlong.errors import UserError
+    from everlong.evaluation import recall
+    from everlong.evaluation.report import plot_recall
+    from everlong.registry import suggest
+
+    if family not in recall.FAMILIES:
+        hint = suggest(family, recall.FAMILIES)
+        raise UserError(f"no family {family!r}{hint} (there are {', '.join(recall.FAMILIES)})")
+    plan = read_plan(recipe)
+
+    def report(name: str, seed: int, found: Mapping[str, float]) -> None:
+        scores = ", ".join(f"{value:.3f} at {count}" for count, value in found.items())
+        say(f"{name}, seed {seed}: {scores}")
+
+    name = f"recall-{family}"
+    rows = recall.compare_family(family, plan.task, plan.run, plan.seeds, out / name, report)
+    found = recall.summary(rows)
+    _table(found)
+    command = f"everlong bench recall --family {family}"
+    recall.write(out / f"{name}.json", plan.task, plan.run, rows, command)
+    plot_recall(found, plan.task.chance, out / f"{name}.png")
+    print(f"chance {plan.task.chance:.3f}, {len(plan.seeds)} seeds; written to {out}")
+
+
 def _table(rows: list[dict[str, Any]]) -> None:
     """Accuracy by number of distractor segments, one line a name."""
     from rich.table import Table

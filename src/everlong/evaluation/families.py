@@ -3,7 +3,6 @@
 S tokens of a segment.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,14 +11,14 @@ from typing import Any
 
 import torch
 
-from everlong.errors import UserError
+from everlong.evaluation.cells import cell
 from everlong.evaluation.cost import stream_bytes
 from everlong.evaluation.language import bits_per_byte
 from everlong.evaluation.recall import interval
 from everlong.evaluation.report import plot_scores
 from everlong.models.config import EverlongConfig
 from everlong.models.sizing import build
-from everlong.provenance import environment, write_results
+from everlong.provenance import git_sha, write_results
 from everlong.tasks.text import Documents
 from everlong.training import checkpoints
 from everlong.training.config import TrainConfig
@@ -42,33 +41,35 @@ def measure(
     A run that was stopped goes on. `UserError` for a folder that holds another configuration's.
     """
     described = {"model": config.to_dict(), "train": asdict(options)}
-    described = json.loads(json.dumps(described))
-    cell = folder / "cell.json"
-    if cell.exists():
-        found = json.loads(cell.read_text("utf-8"))
-        if found["config"] != described:
-            raise UserError(f"{folder} was measured with other options: give --out a new folder")
-        return found["row"]
+    return cell(
+        folder / "cell.json", described, lambda: _measure(name, config, texts, options, folder)
+    )
+
+
+def _measure(
+    name: str,
+    config: EverlongConfig,
+    texts: tuple[Documents, Documents],
+    options: TrainConfig,
+    folder: Path,
+) -> Row:
     model = build(config, options.seed)
     started = bool(checkpoints.steps(folder)) if folder.exists() else False
     train(model, texts[0], None, options, folder, resume=folder if started else None)
     length = options.segment_length
     assert length is not None
-    score = bits_per_byte(model, texts[1], segment_length=length)
     lines = read_metrics(folder / "metrics.jsonl")
-    row = {
+    return {
         "name": name,
         "seed": options.seed,
-        "bits_per_byte": score.bits_per_byte,
+        "bits_per_byte": bits_per_byte(model, texts[1], segment_length=length).bits_per_byte,
         "wiped_bits_per_byte": _wiped(model, texts[1], length),
         "state_bytes": _streamed_bytes(model, texts[1], length),
         "parameters": model.num_parameters(),
         "tokens": lines[-1]["tokens"],
         "tokens_per_s": median(line["tokens_per_s"] for line in lines),
-        "git": environment()["git"],
+        "git": git_sha(),
     }
-    cell.write_text(json.dumps({"config": described, "row": row}, indent=1) + "\n", "utf-8")
-    return row
 
 
 def _wiped(model: Any, documents: Documents, length: int) -> float | None:

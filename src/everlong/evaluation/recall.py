@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from everlong import state as states
+from everlong.evaluation.cells import cell
 from everlong.models.config import EverlongConfig
 from everlong.models.hub import EverlongForCausalLM
-from everlong.provenance import write_results
-from everlong.registry import check_types
+from everlong.provenance import git_sha, write_results
+from everlong.registry import check_types, memory_entry
 from everlong.state import State
 from everlong.tasks.recall import IGNORED, RecallBatch, RecallConfig, make_batch
 from everlong.training.horizon import Horizon
@@ -81,6 +83,57 @@ def subjects(task: RecallConfig, run: RecallRun) -> dict[str, Subject]:
         "causal, horizon 1": Subject(2, slots, truncate=1),
         "sliding window": Subject(2, None, window, ("sliding_attention",)),
     }
+
+
+# What a memory's options are on the toy, where it has them, as functions of the task and the run.
+_TOY_OPTIONS: dict[str, Callable[[RecallConfig, RecallRun], int]] = {
+    "segment_length": lambda task, _: task.segment_length,
+    "memory_length": lambda task, _: task.segment_length,
+    "compressed_length": lambda task, _: task.segment_length,
+    "window": lambda task, _: task.segment_length,
+    "num_slots": lambda _, run: run.num_slots,
+    "memory_size": lambda _, run: run.hidden_size,
+    "key_size": lambda _, run: run.hidden_size // run.num_heads,
+}
+
+
+def memory_subject(name: str, task: RecallConfig, run: RecallRun, **options: Any) -> Subject:
+    """A registered memory on the toy: two layers of it, or around two layers of attention.
+
+    Segments, caches and windows are as long as the task's segments.
+    """
+    entry = memory_entry(name)
+    toy = {key: value(task, run) for key, value in _TOY_OPTIONS.items() if key in entry.fields}
+    toy |= options
+    if entry.room == "segments":
+        return Subject(2, {"name": name, **toy})
+    return Subject(2, None, {name: toy}, (name,))
+
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "recurrence": (
+        "no_memory",
+        "sliding_attention",
+        "transformer_xl",
+        "compressive",
+        "lamemo",
+        "rmt",
+        "armt",
+        "hmt",
+        "memformer",
+        "stable_hadamard",
+    ),
+}
+
+
+def family_subjects(family: str, task: RecallConfig, run: RecallRun) -> dict[str, Subject]:
+    """The memories of a family by name, and what is published of them under other protocols."""
+    found = {name: memory_subject(name, task, run) for name in FAMILIES[family]}
+    if family == "recurrence":
+        published = memory_subject("hmt", task, run, protocol="published", summary=1.0)
+        found["hmt, published protocol (looks ahead)"] = published
+        found["memformer, encoder-decoder"] = subjects(task, run)["encoder-decoder"]
+    return found
 
 
 def build(subject: Subject, task: RecallConfig, run: RecallRun, seed: int) -> EverlongForCausalLM:
@@ -189,6 +242,40 @@ def compare(
     return rows
 
 
+def compare_family(
+    family: str,
+    task: RecallConfig,
+    run: RecallRun,
+    seeds: Sequence[int],
+    folder: Path,
+    on_result: Callable[[str, int, Mapping[str, float]], None],
+) -> list[dict[str, Any]]:
+    """`compare` for a family of memories; each training is a file in `folder`, made once."""
+    rows = []
+    for seed in seeds:
+        for name, subject in family_subjects(family, task, run).items():
+            config = {"task": asdict(task), "run": asdict(run), "subject": asdict(subject)}
+
+            def result(subject: Subject = subject, seed: int = seed) -> Any:
+                model = train(subject, task, run, seed)
+                held = model.init_state(1)
+                return {
+                    "accuracy": measure(model, task, run, seed),
+                    "state_bytes": states.num_bytes(held),
+                    "parameters": model.num_parameters(),
+                    "git": git_sha(),
+                }
+
+            found = cell(folder / f"{name}-{seed}.json", config, result)
+            on_result(name, seed, found["accuracy"])
+            rest = {key: value for key, value in found.items() if key != "accuracy"}
+            rows += [
+                {"name": name, "seed": seed, "distractors": int(count), "accuracy": value, **rest}
+                for count, value in found["accuracy"].items()
+            ]
+    return rows
+
+
 def interval(values: Sequence[float]) -> float | None:
     """Half the 95 % interval of the mean (Student's t); None for one value or more than five."""
     if len(values) not in _T95:
@@ -215,8 +302,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write(
-    path: Path, task: RecallConfig, run: RecallRun, rows: Sequence[Mapping[str, Any]]
+    path: Path,
+    task: RecallConfig,
+    run: RecallRun,
+    rows: Sequence[Mapping[str, Any]],
+    command: str = "everlong bench recall",
 ) -> None:
     """The rows and their summary as JSON with provenance."""
     config = {"task": asdict(task), "run": asdict(run)}
-    write_results(path, "everlong bench recall", config, summary=summary(rows), rows=list(rows))
+    write_results(path, command, config, summary=summary(rows), rows=list(rows))

@@ -75,6 +75,33 @@ def plot_scores(rows: Iterable[Mapping[str, Any]], png: Path) -> None:
     figure.savefig(png, dpi=120)
 
 
+def plot_recall(rows: Iterable[Mapping[str, Any]], chance: float, png: Path) -> None:
+    """Accuracy with its interval against the number of distractors, a line a name."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(row["name"], []).append(row)
+    for index, (name, points) in enumerate(lines.items()):
+        axes.errorbar(
+            [point["distractors"] for point in points],
+            [point["mean"] for point in points],
+            [point["interval"] or 0 for point in points],
+            label=name,
+            marker="osv^D<>Pp*X"[index % 11],
+            linestyle=("-", "--")[index // 10 % 2],
+            capsize=2,
+            markersize=5,
+        )
+    axes.axhline(chance, color="tab:gray", linestyle=":", label="chance")
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("distractor segments between storing and asking")
+    axes.set_ylabel("accuracy on held-out items")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(png, dpi=120)
+
+
 def _smooth(values: list[float]) -> np.ndarray:
     """Means over a window around each value, a twentieth of the run wide, cut at both ends."""
     kernel = np.ones(2 * (len(values) // 40) + 1)

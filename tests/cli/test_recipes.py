@@ -1,10 +1,13 @@
 """Recipes: every shipped one is read, built and run; mistakes are named where they stand."""
 
+import json
+
 import pytest
 
-from cli.tiny import SEGMENT, TINY, sets
+from cli.tiny import TINY, sets, small_memory
 from everlong import recipes
 from everlong.cli.prepare import build, load_texts, model_config, twin_config
+from everlong.evaluation.recall import FAMILIES
 from everlong.training.config import TrainConfig
 
 TEXTS = [name for name in recipes.shipped() if not recipes.load(name).task]
@@ -41,7 +44,8 @@ def test_the_default_is_a_memformer_of_about_a_million_parameters_trained_by_rep
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_shipped_recipe_trains_and_is_measured(name, call, briefly, tmp_path):
-    changes = sets(*TINY, *SEGMENT, "data.source=moby_dick")
+    memory = small_memory(recipes.load(name).model)
+    changes = sets(*TINY, *memory, "data.source=moby_dick")
     code, out, err = call("train", name, "--out", tmp_path / "run", *changes)
     assert code == 0, err
     assert "bits per byte" in out
@@ -64,6 +68,55 @@ def test_the_recall_benchmark_compares_both_forms_with_their_controls(call, tmp_
     for name in ("encoder-decoder", "causal", "horizon 1", "sliding window", "memory wiped"):
         assert name in out
     assert (tmp_path / "recall.json").exists()
+
+
+def test_a_family_is_compared_on_the_recall_task_and_what_is_finished_is_kept(call, tmp_path):
+    changes = ("task.steps=1", "task.test_items=4", "task.distractors=[1]", "task.seeds=[0]")
+    words = ("bench", "recall", "--family", "recurrence", "--out", tmp_path)
+    code, _, err = call(*words, *sets(*changes))
+    assert code == 0, err
+    found = json.loads((tmp_path / "recall-recurrence.json").read_text())
+    names = {row["name"] for row in found["summary"]}
+    assert set(FAMILIES["recurrence"]) <= names
+    assert any("looks ahead" in name for name in names)
+    assert all(row["state_bytes"] > 0 for row in found["rows"])
+    assert (tmp_path / "recall-recurrence.png").read_bytes().startswith(b"\x89PNG")
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "recall-recurrence").iterdir()}
+    assert len(times) == len(names)
+    assert call(*words, *sets(*changes))[0] == 0
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+    code, _, err = call(*words, *sets(*changes, "task.steps=2"))
+    assert code == 2
+    assert "other options" in err
+    code, _, err = call("bench", "recall", "--family", "recurrrence")
+    assert code == 2
+    assert "'recurrence'" in err
+
+
+def test_memories_are_compared_on_a_text_at_equal_parameters(call, tmp_path):
+    changes = [change for change in TINY if not change.startswith("model.num_layers")]
+    words = ("bench", "language", "memformer", "no_memory", "sliding_attention", "--seeds", "0")
+    code, _, err = call(*words, "--out", tmp_path, *sets(*changes))
+    assert code == 0, err
+    found = json.loads((tmp_path / "language.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert set(rows) == {"memformer", "no_memory", "sliding_attention"}
+    sizes = [row["parameters"] for row in rows.values()]
+    assert max(sizes) <= 1.01 * min(sizes) * 1.01
+    assert len({row["tokens"] for row in rows.values()}) == 1
+    alone = rows["no_memory"]
+    assert alone["wiped_bits_per_byte"] == pytest.approx(alone["bits_per_byte"], abs=1e-5)
+    assert rows["memformer"]["wiped_bits_per_byte"] != rows["memformer"]["bits_per_byte"]
+    assert (tmp_path / "language.png").exists()
+    bits = [row["bits_per_byte"] for row in found["summary"]]
+    assert bits == sorted(bits)
+    cell = tmp_path / "language" / "memformer-0" / "cell.json"
+    before = cell.stat().st_mtime_ns
+    assert call(*words, "--out", tmp_path, *sets(*changes))[0] == 0
+    assert cell.stat().st_mtime_ns == before
+    code, _, err = call(*words, "--out", tmp_path, *sets(*changes, "train.learning_rate=1e-4"))
+    assert code == 2
+    assert "other options" in err
 
 
 def test_a_recipe_of_ones_own_starts_from_a_shipped_one(tmp_path):

@@ -1,5 +1,9 @@
 """Changes that make any recipe small enough to test."""
 
+import json
+
+from everlong.registry import memory_entry
+
 TINY = (
     "model.hidden_size=16",
     "model.num_heads=2",
@@ -17,3 +21,17 @@ SEGMENT = ("model.segment.segment_length=8", "model.segment.num_slots=2")
 
 def sets(*changes):
     return [word for change in changes for word in ("--set", change)]
+
+
+def small_memory(model):
+    """The test sizes of whatever memory a recipe's [model] is made of."""
+    if model.get("segment"):
+        name, at = model["segment"]["name"], "model.segment"
+        return [
+            f"{at}.{key}={json.dumps(value)}" for key, value in memory_entry(name).small.items()
+        ]
+    changes = ["train.segment_length=8"]
+    for name in dict.fromkeys(item.partition("*")[0] for item in model["layers"]):
+        small = memory_entry(name).small.items()
+        changes += [f"model.mixers.{name}.{key}={json.dumps(value)}" for key, value in small]
+    return changes

@@ -52,11 +52,13 @@ def bench_language(
 
 
 def _contender(base: Recipe, name: str) -> Recipe:
-    """The model of the memory's own recipe, or of `--memory NAME`, in the training of `base`."""
+    """`base` with what the memory's own recipe changes in the default model, or `--memory NAME`."""
     memory_entry(name)
-    if name in recipes.shipped():
-        return replace(base, origin=f"recipe {name!r}", model=recipes.load(name).model)
-    return recipes.with_memory(base, name)
+    if name not in recipes.shipped():
+        return recipes.with_memory(base, name)
+    plain, own = recipes.load("default").model, recipes.load(name).model
+    changed = {key: value for key, value in own.items() if value != plain.get(key)}
+    return replace(base, origin=f"recipe {name!r}", model=base.model | changed)
 
 
 def _table(rows: Sequence[families.Row]) -> None:

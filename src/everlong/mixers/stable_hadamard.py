@@ -1,0 +1,169 @@
+"""Stable Hadamard Memory: a matrix whose cells are each kept, faded or strengthened at every step.
+
+B batch, T time, D hidden_size, M memory_size, R table_size.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from everlong import state as states
+from everlong.ops.counter import integers
+from everlong.ops.hadamard import hadamard, hadamard_reference
+from everlong.ops.ragged import valid_positions
+from everlong.registry import register, suggest
+from everlong.state import State
+from everlong.stateful import Stateful, Trace
+
+_THETAS = ("random", "fixed", "none")
+_LEAST_SUM = 1e-5  # added to the sums that keys and queries are divided by
+
+
+@dataclass(frozen=True)
+class StableHadamardConfig:
+    """memory_size: rows and columns of the matrix; num_heads has no use: there is one matrix.
+
+    theta: "random" draws a row of a learned table of table_size rows at every step, "fixed" takes
+    its first row always, "none" leaves calibration out. seed: the draws of a fresh stream.
+    """
+
+    hidden_size: int
+    num_heads: int
+    memory_size: int = 64
+    table_size: int = 128
+    theta: str = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_heads", "memory_size", "table_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.theta not in _THETAS:
+            hint = suggest(str(self.theta), _THETAS)
+            raise ValueError(f"theta is {self.theta!r}: use one of {', '.join(_THETAS)}{hint}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: give a whole number of at most 64 bits")
+
+
+@register(
+    "stable_hadamard",
+    room="mixers",
+    config=StableHadamardConfig,
+    paper="Le et al. 2025, arXiv 2410.10132",
+    keeps="writes gated outer products into a matrix, keeps or strengthens its cells, fades others",
+    small={"memory_size": 6, "table_size": 5},
+)
+class StableHadamard(Stateful):
+    """A matrix memory calibrated cell by cell (Le et al., ICLR 2025, arXiv 2410.10132, section 3).
+
+    With x layer-normalised, k = relu(Wk x) and q = relu(Wq x) divided by their sums, v = Wv x,
+    c = Wc x, a gate eta = sigmoid(w x), and theta a row of a learned table:
+
+        C = 1 + tanh(theta c^T)       the calibration: entries in (0, 2), 1 is neutral
+        M = M * C + eta v k^T         element-wise; rows are values, columns are keys
+        y = Wo (M q) + b              the position's own write is read
+
+    *Written*: at every position, as far as its gate is open. *Kept*: cells whose C stays near 1;
+    above 1 they are strengthened. *Forgotten*: cells with C below 1; nothing else, and the norm of
+    M is not bounded. The theory bounds the expected product of the C's, for independent
+    theta c^T: not the product itself. Products of saturated ones vanish, or double at every step;
+    a trace with `recording` is told the mean log C [B, T] as "log_calibration".
+
+    **Draws.** The row of theta at a position is a hash of (seed[b], position[b]): training and
+    evaluation draw alike, as published; any cut, batch and replay repeats the draws; torch's
+    generators are not touched. A fresh or reset row has the config's seed. To average over draws,
+    write other numbers into the leaf `seed` and read copies of a stream as rows of a batch. Layers
+    of one model have the same seed and draw the same indices, each of its own table.
+
+    The published module and its POPGym agent cast a uniform number in [0, 1) to an integer, which
+    is always 0: they run with theta="fixed". Its agent for meta-reinforcement learning samples.
+
+    State: memory [B, M, M] (float32 at least, 0 in a fresh row), seed Int [B], position Int [B].
+
+    Deviations: no clamp of M and no skipping of calibrations (options of that last agent, off or
+    at 1 in the paper); no shortcut from x to y, which the block around a mixer has. theta="none"
+    has C = 1: linear attention without normalisation.
+    """
+
+    def __init__(self, config: StableHadamardConfig):
+        super().__init__()
+        self.config, self.hidden_size = config, config.hidden_size
+        width, size = config.hidden_size, config.memory_size
+        self.norm = nn.LayerNorm(width)
+        self.key, self.query, self.value = (nn.Linear(width, size, bias=False) for _ in range(3))
+        self.gate = nn.Linear(width, 1, bias=False)
+        self.out = nn.Linear(size, width)
+        if config.theta != "none":
+            self.calibrate = nn.Linear(width, size, bias=False)
+            self.theta = nn.Parameter(torch.empty(config.table_size, size))
+            nn.init.xavier_uniform_(self.theta)
+
+    def init_state(self, batch_size, *, device=None, dtype=None) -> State:
+        device, dtype = self._defaults(device, dtype)
+        exact = torch.promote_types(dtype, torch.float32)
+        size = self.config.memory_size
+        memory = torch.zeros((), device=device, dtype=exact).expand(batch_size, size, size)
+        seed = torch.full((batch_size,), self.config.seed, device=device, dtype=torch.long)
+        return {"memory": memory, "seed": seed, "position": torch.zeros_like(seed)}
+
+    def run(
+        self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
+    ) -> tuple[Tensor, State]:
+        return self._read(hadamard, x, state, lengths, trace)
+
+    def reference(
+        self, x: Tensor, state: State | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """What `forward` equals: position by position, a masked one leaving its row as it was."""
+        state = self.init_state(x.shape[0]) if state is None else state
+        real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        outputs = []
+        for t in range(x.shape[1]):
+            y, after = self._read(hadamard_reference, x[:, t : t + 1], state, None, None)
+            state = states.where(real[:, t], after, state)
+            outputs.append(torch.where(real[:, t, None, None], y, 0))
+        return torch.cat(outputs, 1), state
+
+    def _read(
+        self,
+        form: Callable[..., tuple[Tensor, Tensor]],
+        x: Tensor,
+        state: State,
+        lengths: Tensor | None,
+        trace: Trace | None,
+    ) -> tuple[Tensor, State]:
+        exact, length = state["memory"].dtype, x.shape[1]
+        seen = self.norm(x)
+        k, q = (_shares(F.relu(part(seen).to(exact))) for part in (self.key, self.query))
+        v = self.value(seen).to(exact) * torch.sigmoid(self.gate(seen).to(exact))
+        theta, c = self._factors(seen, state, exact)
+        after = state["position"] + (length if lengths is None else lengths)
+        if lengths is not None:  # behind a row's length: C = 1 and nothing written
+            real = valid_positions(lengths, length)[..., None]
+            theta, k = torch.where(real, theta, 0), torch.where(real, k, 0)
+        if trace is not None and trace.recording:
+            with torch.no_grad():  # 1 + tanh(z) = 2 sigmoid(2z), whose logarithm is finite
+                logs = F.logsigmoid(2 * theta[..., :, None] * c[..., None, :]) + math.log(2)
+                trace.record("log_calibration", logs.mean((-1, -2)))
+        y, memory = form(theta, c, v, k, q, state["memory"])
+        return self.out(y.to(x.dtype)), {"memory": memory, "seed": state["seed"], "position": after}
+
+    def _factors(self, seen: Tensor, state: State, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+        """theta and c [B, T, M], whose outer product calibrates the memory."""
+        if self.config.theta == "none":
+            none = seen.new_zeros((), dtype=exact).expand(*seen.shape[:2], self.config.memory_size)
+            return none, none
+        c = self.calibrate(seen).to(exact)
+        if self.config.theta == "fixed":
+            return self.theta[0].to(exact).expand_as(c), c
+        rows = integers(state["seed"], state["position"], seen.shape[1], self.config.table_size)
+        return F.embedding(rows, self.theta).to(exact), c
+
+
+def _shares(x: Tensor) -> Tensor:
+    """Divided by its sum; all zeros stay zeros: nothing is written, or 0 is read."""
+    return x / (_LEAST_SUM + x.sum(-1, keepdim=True))

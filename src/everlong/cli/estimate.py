@@ -27,15 +27,19 @@ def print_estimate(plan: "Plan") -> None:
     length, rows = config.segment_length, config.batch_size
     assert length is not None
     held = states.num_bytes(model.init_state(1))
-    texts, tokens = plan.texts, rows * config.segments * length
+    texts, each = plan.texts, config.stages or ((0, config.segments),)
     print(f"device: {device_of(config)}")
     print(f"parameters: {model.num_parameters():,}")
     if plan.recipe.twin:
         twin = build(twin_config(model.config, length), config.seed)
         print(f"parameters of the twin: {twin.num_parameters():,}")
     print(f"bytes of state: {held:,} a stream, {rows * held:,} for {rows} rows")
-    print(f"tokens a step: {tokens:,} ({rows} rows x {config.segments} segments x {length})")
-    share = config.steps * tokens / sum(texts.train.lengths)
+    for number, (_, segments) in enumerate(each):
+        label = "tokens a step" if number == 0 else f"  in stage {number + 1}"
+        tokens = rows * segments * length
+        print(f"{label}: {tokens:,} ({rows} rows x {segments} segments x {length})")
+    read = sum(steps * rows * segments * length for steps, segments in each)
+    share = read / sum(texts.train.lengths)
     print(f"steps: {config.steps:,}, {share:.2f} times the {texts.train.num_bytes:,} bytes of text")
     buffered, alive = _horizon(config)
     found = estimate_training(
@@ -47,10 +51,11 @@ def print_estimate(plan: "Plan") -> None:
 
 
 def _horizon(config: Any) -> tuple[int, int]:
-    """States kept at once, and segments with a graph at once."""
+    """States kept at once, and segments with a graph at once, in the longest rollout."""
+    most = max((segments for _, segments in config.stages), default=config.segments)
     if config.horizon in ("replay", "checkpoint"):
-        return config.segments + 1, 1
-    return 1, min(config.truncate or config.segments, config.segments)
+        return most + 1, 1
+    return 1, min(config.truncate or most, most)
 
 
 def _segment(length: int) -> Any:

@@ -238,9 +238,11 @@ def _announce(plan: Plan, model: Any) -> None:
     device = device_of(plan.config)
     config, texts = plan.config, plan.texts
     assert config.segment_length is not None
-    tokens = config.batch_size * config.segments * config.segment_length
+    stages = config.stages or ((0, config.segments),)
+    row = config.batch_size * config.segment_length
+    tokens = " then ".join(f"{row * segments:,}" for _, segments in stages)
     print(
         f"{model.num_parameters():,} parameters on {device}; {texts.train.num_bytes:,} bytes of "
-        f"{texts.train.source}; {config.steps:,} steps of {tokens:,} tokens; into {plan.run_dir}",
+        f"{texts.train.source}; {config.steps:,} steps of {tokens} tokens; into {plan.run_dir}",
         file=sys.stderr,
     )

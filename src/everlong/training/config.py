@@ -29,7 +29,7 @@ _AT_LEAST_ZERO = (
 )
 _AT_LEAST_ONE = ("batch_size", "segments", "segment_length", "truncate", "keep_checkpoints")
 # A carried state and a stream position belong to these: a resumed run cannot change them.
-FIXED = ("batch_size", "segments", "segment_length", "seed")
+FIXED = ("batch_size", "segments", "curriculum", "segment_length", "seed")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class TrainConfig:
 
     steps:            optimiser steps of the whole run
     batch_size:       rows, over all processes
+    curriculum:       stages (steps, segments) that come first: so many steps read rollouts of so
+                      many segments instead, `segments` holds for the steps after the last stage
     segment_length:   tokens; None: the model's period (needed where the model has none)
     horizon:          "replay", "full", "checkpoint" or "truncated", see `everlong.Horizon`
     truncate:         segments that gradients go back at most; None: all of the rollout
@@ -53,6 +55,7 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 16
     segments: int = 4
+    curriculum: tuple[tuple[int, int], ...] = ()
     segment_length: int | None = None
     horizon: str = "replay"
     truncate: int | None = None
@@ -82,8 +85,8 @@ class TrainConfig:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) is not None:
                 self._check_integer(name, 1)
-        plain = {name: value for name, value in vars(self).items() if name != "betas"}
-        check_types(TrainConfig, plain, "TrainConfig")
+        object.__setattr__(self, "curriculum", _stages(self.curriculum))
+        check_types(TrainConfig, vars(self), "TrainConfig")
         if not (0 < self.learning_rate < math.inf and self.clip > 0 and self.weight_decay >= 0):
             raise UserError("learning_rate and clip must be above 0, weight_decay at least 0")
         betas = self.betas if isinstance(self.betas, tuple) else ()
@@ -100,6 +103,24 @@ class TrainConfig:
         if value >= 2**63:
             raise UserError(f"{name} is {value}: give an integer below 2**63")
 
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """(steps, segments) of all that the run reads, in order: steps add up to `steps`."""
+        left, found = self.steps, []
+        for steps, segments in (*self.curriculum, (self.steps, self.segments)):
+            if made := min(steps, left):
+                found.append((made, segments))
+            left -= made
+        return tuple(found)
+
+    def segments_at(self, step: int) -> int:
+        """Segments of the rollout that step `step` (0 is the first) reads."""
+        for steps, segments in self.curriculum:
+            if step < steps:
+                return segments
+            step -= steps
+        return self.segments
+
     def for_model(self, model: Any) -> "TrainConfig":
         """The same with `segment_length` filled in from the model's period."""
         if self.segment_length is not None:
@@ -107,6 +128,19 @@ class TrainConfig:
         if model.period == 1:
             raise UserError("the model has no segments of its own: give train.segment_length")
         return replace(self, segment_length=model.period)
+
+
+def _stages(given: Any) -> tuple[tuple[int, int], ...]:
+    """`curriculum` as TOML and JSON (lists) or Python give it, checked."""
+    stages = given if isinstance(given, list | tuple) else [given]
+    for stage in stages:
+        pair = stage if isinstance(stage, list | tuple) and len(stage) == 2 else (0, 0)
+        if not all(type(number) is int and 0 < number < 2**63 for number in pair):
+            raise UserError(
+                f"curriculum has the stage {stage!r}: give [steps, segments], two integers of at "
+                "least 1, for each stage"
+            )
+    return tuple((steps, segments) for steps, segments in stages)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

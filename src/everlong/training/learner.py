@@ -120,6 +120,9 @@ class Learner:
 
     def rollout(self) -> tuple[int, Tensor]:
         """Clipped gradients of a rollout: its targets, and [nats a target, gradient norm]."""
+        length = self.config.segment_length
+        assert length is not None
+        self.stream.length = self.config.segments_at(self.step) * length
         batch = {name: whole[self.rows] for name, whole in next(self.stream).items()}
         count = int((batch["targets"] != IGNORE).sum())
         if not self.alone:
@@ -127,8 +130,7 @@ class Learner:
         state = self.state
         if bool(batch["reset"].any()):
             state = self.model.reset(state, batch["reset"].to(self.device))
-        assert self.config.segment_length is not None
-        cuts = segments(batch, self.config.segment_length, self.device)
+        cuts = segments(batch, length, self.device)
         self.optimizer.zero_grad()
         weights = [1 / count] * len(cuts)
         loss, state = self.horizon(self.segment_step, cuts, state, weights)
@@ -186,8 +188,9 @@ class Learner:
 
     def restore(self, parts: dict[str, Any], source: Path) -> None:
         """Go to a checkpoint. All but `FIXED` of the configuration may differ from the run's."""
+        trained = TrainConfig(**parts["config"])
         for name in FIXED:
-            was, now = parts["config"][name], getattr(self.config, name)
+            was, now = getattr(trained, name), getattr(self.config, name)
             if was != now:
                 raise UserError(
                     f"{source} was trained with {name} = {was}: go on with that, not with {now}"

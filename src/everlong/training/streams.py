@@ -103,8 +103,8 @@ class DocumentStream:
     longest are cut into contiguous pieces of equal length, each of which is read as a document of
     its own and begins with bos. Text is read when it is needed.
 
-    What a rollout holds depends on (documents, batch_size, length, seed) and the position alone;
-    `state_dict` is that position, plain data for JSON.
+    What a rollout holds depends on (documents, batch_size, seed), the position and `length` alone,
+    which may be set anew before any rollout; `state_dict` is the position, plain data for JSON.
     """
 
     def __init__(
@@ -122,6 +122,15 @@ class DocumentStream:
         self.epoch, self._next = 0, 0
         self._order = self._shuffle()
         self._rows = [(self._take(), 0) for _ in range(batch_size)]
+
+    @property
+    def length(self) -> int:
+        """R, of the rollouts to come."""
+        return self._reader.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._reader.length = length
 
     def _shuffle(self) -> np.ndarray:
         generator = np.random.default_rng((self.seed, self.epoch))

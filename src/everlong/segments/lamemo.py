@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from everlong import state as states
-from everlong.ops.lookahead import Sum, attend, merge, pick, shift_ahead
+from everlong.ops.lookahead import Sum, look_ahead, look_back, merge
 from everlong.ops.ragged import common_value, expand_like, write_at
-from everlong.ops.relative import shift, sinusoid
+from everlong.ops.relative import sinusoid
 from everlong.registry import register
 from everlong.segments.clock import SegmentMemory, choose_rows
 from everlong.stack import Block, StackConfig
@@ -71,23 +71,27 @@ class LookAheadAttention(Stateful):
     Scores are [(q + u) k + (q + v) R(distance) W_r] / sqrt(d), with v = v_c where the key is at or
     before the query and v_f where it comes after.
 
-    State: past, the attention results (context [B, M, H, d], log_sum [B, M, H]) of the memory
-    positions, the last at place M - 1; present, those of the unfinished segment's tokens (N
-    places); memory [B, M, 2, H, d] and tokens [B, N, 2, H, d], the keys and values that the rest of
-    the segment reads.
+    State: memory [B, M, 2, H, d] and tokens [B, N, 2, H, d], the keys and values that the rest of
+    the segment reads; past, the attention results (context [B, M, H, d], log_sum [B, M, H]) of the
+    memory positions, the last at place M - 1; present, those of the unfinished segment's tokens (N
+    places). The `last` layer has no past, no present and no v_f: what its memory positions would
+    find, nothing reads.
     """
 
-    def __init__(self, config: LaMemoConfig):
+    def __init__(self, config: LaMemoConfig, last: bool):
         super().__init__()
-        self.config = config
+        self.config, self.last = config, last
         width, heads = config.hidden_size, config.num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.distance = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        biases = (torch.empty(heads, width // heads) for _ in range(3))
-        self.content, self.causal, self.ahead = (
-            nn.Parameter(nn.init.xavier_uniform_(bias)) for bias in biases
-        )
+
+        def bias() -> nn.Parameter:
+            return nn.Parameter(nn.init.xavier_uniform_(torch.empty(heads, width // heads)))
+
+        self.content, self.causal = bias(), bias()  # u and v_c
+        if not last:
+            self.ahead = bias()  # v_f
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         device, dtype = self._defaults(device, dtype)
@@ -104,12 +108,14 @@ class LookAheadAttention(Stateful):
                 "log_sum": empty(exact, places, config.num_heads),
             }
 
-        return {
-            "past": results(config.memory_length),
-            "present": results(config.segment_length),
+        state = {
             "memory": empty(dtype, config.memory_length, 2, *head),
             "tokens": empty(dtype, config.segment_length, 2, *head),
         }
+        if not self.last:
+            state["past"] = results(config.memory_length)
+            state["present"] = results(config.segment_length)
+        return state
 
     def run(
         self,
@@ -119,44 +125,41 @@ class LookAheadAttention(Stateful):
         trace: Trace | None,
         *,
         view: View,
-        tokens_only: bool = False,
     ) -> tuple[Tensor, State]:
         """x [B, reread + T, D]: the memory positions to bring up to date, then T tokens, of which
-        `lengths` are real. `tokens_only`: the last layer, whose memory positions nobody reads."""
+        `lengths` are real. Returned without the memory positions by the last layer."""
         heads, reread = self.config.num_heads, view.reread
         q, *kv = self.qkv(x).unflatten(-1, (3, heads, -1)).unbind(-3)
         kv = torch.stack(kv, -3)
         table = self.distance(view.table).unflatten(-1, (heads, -1)).permute(1, 2, 0)
-        tokens = write_at(state["tokens"], kv[:, reread:], view.start, lengths)
-        memory, past, context = state["memory"], state["past"], []
+        memory = state["memory"]
         if view.opens is not None:
             memory = self._place(kv[:, :reread], memory, view)
-            read = torch.cat([memory[:, -reread:], tokens[:, :1]], 1).to(q.dtype)
-            found = self._look_ahead(q[:, :reread], read, table)
-            merged = merge(tuple(past[k][:, -reread:] for k in ("context", "log_sum")), found)
-            if trace is not None:
-                kept = (past["log_sum"][:, -reread:] - merged[1]).exp()
-                trace.record("kept", kept.mean(-1))
-            past = {
-                name: self._place(part, past[name], view)
-                for name, part in zip(("context", "log_sum"), merged, strict=True)
+        tokens = write_at(state["tokens"], kv[:, reread:], view.start, lengths)
+        state = {**state, "memory": memory, "tokens": tokens}
+
+        held = memory[:, self.config.memory_length - view.held :]
+        read = torch.cat([held, tokens[:, : view.end]], 1).to(q.dtype)
+        found = self._look_back(q[:, reread:], read, table, view)
+        context = found[0]
+        if not self.last:
+            present = {
+                name: write_at(state["present"][name], part, view.start, lengths)
+                for name, part in zip(("context", "log_sum"), found, strict=True)
             }
-            context = [] if tokens_only else [merged[0]]
-        memory_length = self.config.memory_length
-        read = [memory[:, memory_length - view.held :], tokens[:, : view.end]]
-        found = self._look_back(q[:, reread:], torch.cat(read, 1).to(q.dtype), table, view)
-        present = {
-            name: write_at(state["present"][name], part, view.start, lengths)
-            for name, part in zip(("context", "log_sum"), found, strict=True)
-        }
-        y = self.out(torch.cat([*context, found[0]], 1).flatten(2).to(x.dtype))
-        return y, {"past": past, "present": present, "memory": memory, "tokens": tokens}
+            state = {**state, "present": present}
+            if view.opens is not None:
+                read = read[:, : view.held + 1]
+                merged, past = self._look_ahead(q[:, :reread], read, table, state, view, trace)
+                context, state = torch.cat([merged, context], 1), {**state, "past": past}
+        return self.out(context.flatten(2).to(x.dtype)), state
 
     def turn(self, state: State, full: Tensor) -> State:
         """Rows `full` end their segment: its results enter the memory, its keys are dropped."""
         fresh = self.init_state(full.shape[0], device=full.device)
         fresh = states.tree_map(lambda new, old: new.to(old.dtype), fresh, state)
-        fresh["past"] = states.tree_map(self._newest, state["past"], state["present"])
+        if not self.last:
+            fresh["past"] = states.tree_map(self._newest, state["past"], state["present"])
         return choose_rows(full, fresh, state)
 
     def _newest(self, old: Tensor, new: Tensor) -> Tensor:
@@ -181,30 +184,42 @@ class LookAheadAttention(Stateful):
         content = ((q + self.content) * scale).transpose(1, 2) @ keys.permute(0, 2, 3, 1)
         return content, ((q + bias) * scale).transpose(1, 2) @ table
 
-    def _look_ahead(self, q: Tensor, read: Tensor, table: Tensor) -> Sum:
-        """Queries at the places 0 to M' - 1; of `read` [B, M' + 1, 2, H, d], the N last keys."""
-        places = q.shape[1]
-        window = min(self.config.segment_length, places)
+    def _look_ahead(
+        self,
+        q: Tensor,
+        read: Tensor,
+        table: Tensor,
+        state: State,
+        view: View,
+        trace: Trace | None,
+    ) -> tuple[Tensor, State]:
+        """The held positions' results after equation 4, and the past with them in it.
+
+        q [B, held, H, d]; read [B, held + 1, 2, H, d]: the memory's and the first token's keys and
+        values, of which the last N are looked at.
+        """
+        held, past = view.held, state["past"]
+        window = min(self.config.segment_length, held)
         keys, values = read[:, -window:].unbind(2)
-        content, distance = self._scores(q, keys, table[..., -places - 1 :], self.ahead)
-        index = torch.arange(places + 1, device=q.device)
-        visible = index[-window:] > index[:-1, None]
-        return attend(content + shift_ahead(distance, window), visible, values)
+        content, distance = self._scores(q, keys, table[..., -held - 1 :], self.ahead)
+        before = (past["context"][:, -held:], past["log_sum"][:, -held:])
+        context, log_sum = merge(before, look_ahead(content, distance, values))
+        if trace is not None:
+            kept = (before[1] - log_sum).exp().mean(-1)
+            trace.record("kept", kept if view.valid is None else kept * view.valid)
+        past = {
+            "context": self._place(context, past["context"], view),
+            "log_sum": self._place(log_sum, past["log_sum"], view),
+        }
+        return context, past
 
     def _look_back(self, q: Tensor, read: Tensor, table: Tensor, view: View) -> Sum:
         keys, values = read.unbind(2)
         content, distance = self._scores(q, keys, table, self.causal)
-        index = torch.arange(read.shape[1], device=q.device)
-        places = view.held + view.start[:, None] + torch.arange(q.shape[1], device=q.device)
-        if common_value(view.start) is None:
-            distance = pick(distance, places, read.shape[1])
-        else:
-            distance, places = shift(distance), places[:1]
-        visible = index <= places[..., None]
+        filled = None
         if view.valid is not None:
             filled = torch.cat([view.valid, view.valid.new_ones(q.shape[0], view.end)], 1)
-            visible = visible & filled[:, None]
-        return attend(content + distance, visible[:, None], values)
+        return look_back(content, distance, values, view.held + view.start, filled)
 
 
 class LookAheadStack(Stateful):
@@ -221,7 +236,8 @@ class LookAheadStack(Stateful):
                 "lamemo brings its own layers: leave the model's layers (attention) and mixers out"
             )
         self.config, self.hidden_size = config, config.hidden_size
-        blocks = [Block(LookAheadAttention(config), None, stack) for _ in stack.layers]
+        lasts = [*[False] * (len(stack.layers) - 1), True]
+        blocks = [Block(LookAheadAttention(config, last), None, stack) for last in lasts]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         with torch.no_grad():  # as in Stack: the sum of the branches starts at unit scale
@@ -250,12 +266,7 @@ class LookAheadStack(Stateful):
         for block, layer in zip(self.blocks, state, strict=True):
             block = cast(Block, block)
             y, layer = block.mixer(
-                block.mixer_norm(x),
-                layer,
-                trace=trace,
-                lengths=lengths,
-                view=view,
-                tokens_only=block is self.blocks[-1],
+                block.mixer_norm(x), layer, trace=trace, lengths=lengths, view=view
             )
             x = x[:, -y.shape[1] :] + block.dropout(y)
             x = x + block.dropout(block.feed_forward(block.feed_norm(x)))
@@ -301,22 +312,25 @@ class LookAheadStack(Stateful):
 class LaMemo(SegmentMemory):
     """Look-ahead memory (arXiv 2204.07341): memory positions attend to what came after them.
 
-    Written: a finished segment's inputs, and per layer its attention results with the log of their
-    softmax denominators. Kept: the last M of them. At the first token of a segment the memory
-    positions pass through the layers again; there each attends to the N keys that end at this token
-    and lie on its right, and the denominators weigh what it finds against what it held (equation
-    4). The tokens then attend to the memory's new keys and to each other. Forgotten: the oldest.
+    Written: a finished segment's inputs, and per layer but the last its attention results with the
+    log of their softmax denominators. Kept: the last M of them. At the first token of a segment the
+    memory positions pass through the layers again; there each attends to the N keys that end at
+    this token and lie on its right, and the denominators weigh what it finds against what it held
+    (equation 4). The tokens then attend to the memory's new keys and to each other. Forgotten: the
+    oldest.
 
     State: layers (`LookAheadAttention`), position Int [B], segment: embeddings [B, M, D], the
     memory's inputs, and tokens [B, N, D], those of the unfinished segment. Between two segments
-    M D + L M (D + H) numbers are in use; keys and values, 2 L (M + N) D, live inside one.
+    M D + (L - 1) M (D + H) numbers are in use; keys and values, 2 L (M + N) D, live inside one.
 
     Deviations: nothing is detached (the published stop-gradients on E and, in equation 4, on the
     old result are truncation at one segment); denominators are merged exactly, without the added
     1e-6; pre-norm blocks with RMS norms and SwiGLU instead of post-norm; u, v_c and v_f per layer,
-    not shared; no dropout on the attention weights.
+    not shared; no dropout on the attention weights; the last layer keeps no results, for nothing
+    reads what its memory positions find (the outputs are the same).
 
-    `core` is a `LookAheadStack`; without one, a single layer.
+    `core` is a `LookAheadStack`; without one, a single layer, which by the last point reads the
+    memory but does not look ahead: that takes two.
     """
 
     def __init__(self, config: LaMemoConfig, core: Stateful | None = None):

@@ -6,7 +6,7 @@ B batch, T time, V rows (values), K columns (keys). Both forms take theta [B, T,
 at a position leave the memory as it is, bit for bit.
 """
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def hadamard(
     little, many elsewhere. Gradients are of first order.
     """
     if block is None or width is None:
-        block, width = (32, 32) if v.device.type == "cpu" else (512, 32)
+        block, width = (16, 16) if v.device.type == "cpu" else (512, 32)
     length = v.shape[1]
     width = min(width, block, length)
     parts = [F.pad(part, (0, 0, 0, -length % width)) for part in (theta, c, v, k, q)]
@@ -68,7 +68,7 @@ class _Scan(torch.autograd.Function):
         for theta, c, v, k, q in _blocks(parts, block):
             starts.append(memory)
             states = _outer(v, k)
-            _recur(_calibration(theta, c), states, memory, width)
+            _recur(_places(_calibration(theta, c), width), _places(states, width), memory)
             outputs.append(_times(states, q))
             memory = states[-1].clone()
         ctx.save_for_backward(*parts, *starts)
@@ -87,10 +87,12 @@ class _Scan(torch.autograd.Function):
             for (theta, c, v, k, q, dy), start in reversed(list(pieces)):
                 gate = _calibration(theta, c)
                 states = _outer(v, k)
-                _recur(gate, states, start, width)
-                grad = _outer(dy, q)  # becomes the loss's whole gradient by each memory
-                after = torch.cat([gate[1:], torch.ones_like(gate[:1])])
-                _recur(after, grad, carried, width, backwards=True)
+                first, *others = gates = _places(gate, width)
+                _recur(gates, _places(states, width), start)
+                # the gradient by each memory passes the calibration of the position behind it
+                others.append(torch.cat([first[1:], torch.ones_like(first[:1])]))
+                grad = _outer(dy, q)
+                _recur(others, _places(grad, width), carried, backwards=True)
                 carried = gate[0] * grad[0]
                 dv, dk = _times(grad, k), _times_left(v, grad)
                 dq = _times_left(dy, states)
@@ -112,12 +114,13 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _calibration(theta: Tensor, c: Tensor) -> Tensor:
-    return _outer(theta, c).tanh_().add_(1)
+    """1 + tanh(z) as 2 sigmoid(2 z): a quarter of the time, and exact near 0."""
+    return _outer(2 * theta, c).sigmoid_().mul_(2)
 
 
 def _times(matrix: Tensor, b: Tensor) -> Tensor:
-    """[..., V, K] by [..., K] -> [..., V]."""
-    return (matrix @ b[..., None]).squeeze(-1)
+    """[..., V, K] by [..., K] -> [..., V]; many small matrices, for which a matmul is slow."""
+    return (matrix * b[..., None, :]).sum(-1)
 
 
 def _times_left(a: Tensor, matrix: Tensor) -> Tensor:
@@ -125,27 +128,29 @@ def _times_left(a: Tensor, matrix: Tensor) -> Tensor:
     return (a[..., None, :] @ matrix).squeeze(-2)
 
 
+def _places(x: Tensor, width: int) -> list[Tensor]:
+    """[T, ...] -> place i of every chunk, [T / width, ...] for each i; views."""
+    return list(x.unflatten(0, (-1, width)).unbind(1))
+
+
 def _recur(
-    decay: Tensor, drive: Tensor, start: Tensor, width: int, backwards: bool = False
+    decays: list[Tensor], drives: list[Tensor], start: Tensor, backwards: bool = False
 ) -> None:
-    """drive[t] becomes s_t = decay[t] * s_{t-1} + drive[t] with `start` before the first, in place;
-    `backwards` from the last to the first. decay and drive [T, ...], T a multiple of width."""
-    chunks = len(drive) // width
+    """s_t = decay_t * s_{t-1} + drive_t with `start` before the first, written over the drives;
+    `backwards` from the last position to the first. Both lists hold places of chunks."""
     order = slice(None, None, -1) if backwards else slice(None)
-    decays = decay.unflatten(0, (chunks, width)).unbind(1)[order]
-    drives = drive.unflatten(0, (chunks, width)).unbind(1)[order]
+    decays, drives = decays[order], drives[order]
+    chunks = len(drives[0])
     if chunks == 1:
         drives[0].addcmul_(decays[0], start)
-    for (before, here), factor in zip(pairwise(drives), decays[1:], strict=True):
-        here.addcmul_(factor, before)
+    for (before, here), decay in zip(pairwise(drives), decays[1:], strict=True):
+        here.addcmul_(decay, before)
     if chunks == 1:
         return
-    products = [decays[0]]
-    for factor in decays[1:]:
-        products.append(products[-1] * factor)
-    starts = [start]
+    products = list(accumulate(decays, torch.mul))
+    entering = [start]
     for chunk in range(chunks)[order][:-1]:
-        starts.append(torch.addcmul(drives[-1][chunk], products[-1][chunk], starts[-1]))
-    entering = torch.stack(starts[order])
+        entering.append(torch.addcmul(drives[-1][chunk], products[-1][chunk], entering[-1]))
+    carried = torch.stack(entering[order])
     for here, product in zip(drives, products, strict=True):
-        here.addcmul_(product, entering)
+        here.addcmul_(product, carried)

@@ -1,5 +1,7 @@
 """What is special to RMT: who sees memory tokens, how far gradients go, what retrieval adds."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -97,6 +99,10 @@ def test_who_sees_whom(options):
         assert by_start.any(-1).all()
 
 
+def _keep(seen: list, _module: torch.nn.Module, args: tuple) -> None:
+    seen.append(args[0])
+
+
 def test_a_row_of_the_read_block_sees_those_before_it_or_all():
     """One layer cannot tell: with two, the first token sees what row 0 saw of row 1."""
     found = {}
@@ -104,9 +110,7 @@ def test_a_row_of_the_read_block_sees_those_before_it_or_all():
         core = Stack(StackConfig(24, 3, ("attention",) * 2, capacity=8))
         memory = make(mask=mask, core=core)
         seen = []
-        core.blocks[1].mixer.register_forward_pre_hook(
-            lambda _, args, seen=seen: seen.append(args[0])
-        )
+        core.get_submodule("blocks.1.mixer").register_forward_pre_hook(partial(_keep, seen))
         start = inputs(2, batch=1, seed=1).requires_grad_()
         memory(inputs(1, batch=1), with_memory(memory, start))
         (gradient,) = torch.autograd.grad(seen[0][:, 0].sum(), start)

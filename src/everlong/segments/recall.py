@@ -69,3 +69,25 @@ class Retrieval(nn.Module):
                 trace.record("recall", weights)
             found = self.out(mixed.to(v.dtype)) + memory.to(v.dtype)
             return found + self.feed_forward(self.feed_norm(found))
+
+
+class Recall(nn.Module):
+    """HMT's memory recall (arXiv 2405.06067): a mix of past memory embeddings, picked by a summary.
+
+    P = softmax((s Wq)(M Wk)^T / sqrt(d)) M over the entries M there are: no value projection, so P
+    lies between them.
+    """
+
+    def __init__(self, hidden_size: int, recall_width: int):
+        super().__init__()
+        self.query = nn.Linear(hidden_size, recall_width, bias=False)
+        self.key = nn.Linear(hidden_size, recall_width, bias=False)
+
+    def forward(self, summary: Tensor, past: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """summary [B, D], the ring past [B, R, D] after `count` Int [B] segments (at least 1) -> P
+        [B, D] and the weights [B, R]; independent of autocast."""
+        with torch.autocast(past.device.type, enabled=False):
+            dtype = self.query.weight.dtype
+            q, k = self.query(summary.to(dtype)[:, None]), self.key(past.to(dtype))
+            found, weights = attend(q, k, past, held(count, past.shape[1]))
+        return found[:, 0].to(past.dtype), weights[:, 0]

@@ -19,6 +19,7 @@ _HOMES = {
     "Stateful": "everlong.stateful",
     "Trace": "everlong.stateful",
     "create_memory": "everlong.registry",
+    "extend": "everlong.models.wrap",
     "list_memories": "everlong.registry",
     "register": "everlong.registry",
     "replay": "everlong.training.replay",
@@ -35,6 +36,7 @@ __all__ = [
     "Trace",
     "auto",
     "create_memory",
+    "extend",
     "list_memories",
     "ops",
     "register",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from everlong import auto, ops, state
     from everlong.models.config import EverlongConfig
     from everlong.models.hub import EverlongForCausalLM
+    from everlong.models.wrap import extend
     from everlong.registry import create_memory, list_memories, register
     from everlong.stateful import Stateful, Trace
     from everlong.training.horizon import Horizon

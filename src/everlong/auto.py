@@ -2,5 +2,6 @@
 
 from everlong.models.config import EverlongConfig
 from everlong.models.hub import EverlongForCausalLM
+from everlong.models.wrap import ExtendedConfig, ExtendedForCausalLM
 
-__all__ = ["EverlongConfig", "EverlongForCausalLM"]
+__all__ = ["EverlongConfig", "EverlongForCausalLM", "ExtendedConfig", "ExtendedForCausalLM"]

@@ -142,7 +142,7 @@ def stream_layer(cache: Any) -> StreamLayer:
     )
 
 
-class EverlongForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
+class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
     """A language model over a stream, with two faces.
 
     `stream`, `score` and `advance` are functions (ids, state) -> (result, state), see
@@ -150,20 +150,7 @@ class EverlongForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
     `past_key_values`. Both read the same body and head.
     """
 
-    config_class = EverlongConfig
-    base_model_prefix = "body"
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "body.embed.weight"}
     _is_stateful = True  # transformers then refuses assisted decoding
-    _built = False
-    config: EverlongConfig
-
-    def __init__(self, config: EverlongConfig):
-        config.check()
-        super().__init__(config)
-        self.body = build_body(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-        self._built = True
 
     @can_return_tuple
     def forward(
@@ -209,24 +196,6 @@ class EverlongForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
         cache = past_key_values if use_cache else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.body.get_submodule("embed")
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.body.embed = value
-
-    @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """Building a model initialises it; what a checkpoint lacks comes from one built afresh."""
-        if not self._built:
-            return
-        tensors = [*self.named_parameters(), *self.named_non_persistent_buffers()]
-        absent = [name for name, each in tensors if not getattr(each, "_is_hf_initialized", False)]
-        if absent:
-            fresh = type(self)(copy.deepcopy(self.config))
-            for name in absent:
-                self.get_parameter_or_buffer(name).copy_(fresh.get_parameter_or_buffer(name))
-
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
@@ -264,6 +233,42 @@ class EverlongForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+
+
+class EverlongForCausalLM(StreamForCausalLM):
+    """A model of our own, built from an `EverlongConfig`: see `StreamForCausalLM`."""
+
+    config_class = EverlongConfig
+    base_model_prefix = "body"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "body.embed.weight"}
+    _built = False
+    config: EverlongConfig
+
+    def __init__(self, config: EverlongConfig):
+        config.check()
+        super().__init__(config)
+        self.body = build_body(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self._built = True
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.body.get_submodule("embed")
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.body.embed = value
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Building a model initialises it; what a checkpoint lacks comes from one built afresh."""
+        if not self._built:
+            return
+        tensors = [*self.named_parameters(), *self.named_non_persistent_buffers()]
+        absent = [name for name, each in tensors if not getattr(each, "_is_hf_initialized", False)]
+        if absent:
+            fresh = type(self)(copy.deepcopy(self.config))
+            for name in absent:
+                self.get_parameter_or_buffer(name).copy_(fresh.get_parameter_or_buffer(name))
 
 
 def _columns(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -129,6 +129,19 @@ def test_a_recipe_of_ones_own_starts_from_a_shipped_one(tmp_path):
     assert recipe.train["batch_size"] == base.train["batch_size"]
 
 
+def test_another_segment_memory_keeps_only_the_options_it_shares(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "default"\n[model.segment]\nname = "no_memory"\n')
+    length = recipes.load("default").model["segment"]["segment_length"]
+    wanted = {"name": "no_memory", "segment_length": length}
+    assert recipes.load(str(file)).model["segment"] == wanted
+    changed = recipes.load("default", ["model.segment.name=no_memory"])
+    assert changed.model["segment"] == wanted
+    file.write_text('base = "default"\n[model.segment]\nname = "no_memori"\n')
+    with pytest.raises(ValueError, match="'no_memory'"):
+        recipes.load(str(file))
+
+
 def test_a_base_is_found_beside_the_file_that_names_it(tmp_path):
     (tmp_path / "a.toml").write_text('base = "./b.toml"\ntwin = true\n')
     (tmp_path / "b.toml").write_text("[train]\nsteps = 3\n")

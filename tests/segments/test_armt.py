@@ -6,18 +6,18 @@ from torch import nn
 
 import everlong
 from everlong.ops import associative
-from everlong.segments.armt import Armt, ArmtConfig
+from everlong.segments.armt import ARMT, ARMTConfig
 from everlong.stack import StackConfig, Taps
 from everlong.stateful import Stateful
 
 S, M, D = 4, 2, 24
-CONFIG = ArmtConfig(D, 3, segment_length=S, num_slots=M, key_size=4, nu=2)
+CONFIG = ARMTConfig(D, 3, segment_length=S, num_slots=M, key_size=4, nu=2)
 
 
-def make(layers: int = 2, seed: int = 0) -> Armt:
+def make(layers: int = 2, seed: int = 0) -> ARMT:
     """Two layers of attention with values that are learned already."""
     torch.manual_seed(seed)
-    memory = Armt(CONFIG, Armt.make_core(CONFIG, StackConfig(D, 3, ("attention",) * layers)))
+    memory = ARMT(CONFIG, ARMT.make_core(CONFIG, StackConfig(D, 3, ("attention",) * layers)))
     for layer in memory.associations:
         nn.init.normal_(layer.value.weight, std=0.2)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def draw(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def with_tokens(memory: Armt, x: torch.Tensor) -> torch.Tensor:
+def with_tokens(memory: ARMT, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, memory.tokens.expand(len(x), -1, -1)], 1)
 
 

@@ -81,8 +81,7 @@ def with_memory(recipe: Recipe, name: str) -> Recipe:
     entry = memory_entry(name)
     old = recipe.model.get("segment") or {}
     if entry.room == "segments":
-        kept = {key: value for key, value in old.items() if key in entry.fields}
-        return replace(recipe, model={**recipe.model, "segment": {**kept, "name": name}})
+        return replace(recipe, model={**recipe.model, "segment": _renamed(old, name)})
     options = recipe.model.get("mixers", {})
     alone = {
         "segment": {},
@@ -91,6 +90,14 @@ def with_memory(recipe: Recipe, name: str) -> Recipe:
     }
     length = {"segment_length": old["segment_length"]} if "segment_length" in old else {}
     return replace(recipe, model=recipe.model | alone, train=length | recipe.train)
+
+
+def _renamed(segment: Table, name: str) -> Table:
+    """The options of a segment memory that another one has too, under its name."""
+    from everlong.registry import memory_entry
+
+    fields = memory_entry(name).fields
+    return {key: value for key, value in segment.items() if key in fields} | {"name": name}
 
 
 def check_kept(recipe: Recipe, changes: Iterable[str], memory: str) -> None:
@@ -147,12 +154,22 @@ def _read_file(path: Path) -> str:
 
 
 def _merge(base: Table, top: Table) -> Table:
-    """`top` over `base`, section by section; an empty section empties the base's."""
+    """`top` over `base`, section by section; an empty section empties the base's.
+
+    A segment memory of another name keeps the options that it shares with the base's.
+    """
     merged = dict(base)
     for key, value in top.items():
-        both = value and isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
+        if key == "segment" and value and _name(merged.get(key)) != _name(value) is not None:
+            merged[key] = _renamed(merged.get(key) or {}, value["name"])
+        both = value and isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _name(segment: Any) -> str | None:
+    name = segment.get("name") if isinstance(segment, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def parse_change(change: str) -> Table:

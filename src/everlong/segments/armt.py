@@ -19,7 +19,7 @@ from everlong.stateful import Stateful, Trace
 
 
 @dataclass(frozen=True)
-class ArmtConfig:
+class ARMTConfig:
     """segment_length S; num_slots M: memory tokens behind each segment; key_size K and nu: keys
     have P = 2 nu K features, so that a layer holds P (D + 1) numbers a stream."""
 
@@ -52,7 +52,7 @@ class AssociativeLayer(nn.Module):
     Features, matrix and norm are float32 at least, whatever autocast says.
     """
 
-    def __init__(self, config: ArmtConfig):
+    def __init__(self, config: ARMTConfig):
         super().__init__()
         width = config.hidden_size
         self.nu = config.nu
@@ -87,13 +87,13 @@ class AssociativeLayer(nn.Module):
 @register(
     "armt",
     room="segments",
-    config=ArmtConfig,
+    config=ARMTConfig,
     paper="Rodkin et al. 2024, arXiv 2407.04841",
     keeps="at each segment's end M memory tokens write key-value pairs into one matrix a layer; "
     "a pair stays until a like key is written, which replaces it",
     small={"segment_length": 4, "num_slots": 2, "key_size": 4, "nu": 2},
 )
-class Armt(SegmentMemory):
+class ARMT(SegmentMemory):
     """The Associative Recurrent Memory Transformer of arXiv 2407.04841.
 
     Read: before every layer, every position (the memory tokens too) adds
@@ -120,7 +120,7 @@ class Armt(SegmentMemory):
         "not something to learn through"
     )
 
-    def __init__(self, config: ArmtConfig, core: Stateful | None = None):
+    def __init__(self, config: ARMTConfig, core: Stateful | None = None):
         super().__init__()
         if core is None:
             core = self.make_core(config, StackConfig(config.hidden_size, config.num_heads))
@@ -137,7 +137,7 @@ class Armt(SegmentMemory):
         self.associations = nn.ModuleList(AssociativeLayer(config) for _ in range(num_layers))
 
     @classmethod
-    def make_core(cls, config: ArmtConfig, stack: StackConfig) -> Stack:
+    def make_core(cls, config: ARMTConfig, stack: StackConfig) -> Stack:
         return Stack(replace(stack, capacity=config.segment_length + config.num_slots))
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:

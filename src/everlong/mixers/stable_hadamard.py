@@ -75,9 +75,11 @@ class StableHadamard(Stateful):
 
     **Draws.** The row of theta at a position is a hash of (seed[b], position[b]): training and
     evaluation draw alike, as published; any cut, batch and replay repeats the draws; torch's
-    generators are not touched. A fresh or reset row has the config's seed. To average over draws,
-    write other numbers into the leaf `seed` and read copies of a stream as rows of a batch. Layers
-    of one model have the same seed and draw the same indices, each of its own table.
+    generators are not touched. A fresh or reset row has the config's seed, or a row alone would
+    differ from the row in a batch: short episodes that all start afresh meet the same draws, where
+    the paper has new ones for every row and episode. Write other numbers into the leaf `seed` for
+    that, or to average over draws, copies of a stream being the rows. Layers of one model share the
+    seed and draw the same indices, each of its own table.
 
     The published module and its POPGym agent cast a uniform number in [0, 1) to an integer, which
     is always 0: they run with theta="fixed". Its agent for meta-reinforcement learning samples.

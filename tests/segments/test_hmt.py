@@ -15,6 +15,7 @@ WIDTH, SEGMENT = 24, 4
 def make(name="hmt", **options):
     torch.manual_seed(0)
     sizes = {"size": "small", "hidden_size": WIDTH, "num_heads": 3}
+    sizes |= {"sensory": 0} if name == "hmt" else {}
     return everlong.create_memory(name, **{**sizes, **options}).double()
 
 

@@ -82,7 +82,7 @@ class HMTConfig:
     paper="He et al. 2025, arXiv 2405.06067",
     keeps="writes one embedding a finished segment, keeps the last N of them unchanged, forgets "
     "the oldest; a segment reads the mix of them that a summary picks",
-    small={"segment_length": 4, "recall_size": 3},
+    small={"segment_length": 4, "recall_size": 3, "sensory": 1},
 )
 class HMT(SegmentMemory):
     """The Hierarchical Memory Transformer of arXiv 2405.06067 (section 3), around any causal core.

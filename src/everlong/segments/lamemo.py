@@ -131,7 +131,7 @@ class LookAheadAttention(Stateful):
         heads, reread = self.config.num_heads, view.reread
         q, *kv = self.qkv(x).unflatten(-1, (3, heads, -1)).unbind(-3)
         kv = torch.stack(kv, -3)
-        table = self.distance(view.table).unflatten(-1, (heads, -1)).permute(1, 2, 0)
+        few = x.shape[0] * (x.shape[1] - reread) * heads < self.config.hidden_size
         memory = state["memory"]
         if view.opens is not None:
             memory = self._place(kv[:, :reread], memory, view)
@@ -140,7 +140,8 @@ class LookAheadAttention(Stateful):
 
         held = memory[:, self.config.memory_length - view.held :]
         read = torch.cat([held, tokens[:, : view.end]], 1).to(q.dtype)
-        found = self._look_back(q[:, reread:], read, table, view)
+        table = None if few else self._table(view)
+        found = self._look_back(q[:, reread:], read, view, table)
         context = found[0]
         if not self.last:
             present = {
@@ -150,17 +151,18 @@ class LookAheadAttention(Stateful):
             state = {**state, "present": present}
             if view.opens is not None:
                 read = read[:, : view.held + 1]
-                merged, past = self._look_ahead(q[:, :reread], read, table, state, view, trace)
+                table = self._table(view) if table is None else table
+                merged, past = self._look_ahead(q[:, :reread], read, state, view, table, trace)
                 context, state = torch.cat([merged, context], 1), {**state, "past": past}
         return self.out(context.flatten(2).to(x.dtype)), state
 
     def turn(self, state: State, full: Tensor) -> State:
         """Rows `full` end their segment: its results enter the memory, its keys are dropped."""
-        fresh = self.init_state(full.shape[0], device=full.device)
-        fresh = states.tree_map(lambda new, old: new.to(old.dtype), fresh, state)
-        if not self.last:
-            fresh["past"] = states.tree_map(self._newest, state["past"], state["present"])
-        return choose_rows(full, fresh, state)
+        turned = self.reset(state, full)
+        if self.last:
+            return turned
+        past = states.tree_map(self._newest, state["past"], state["present"])
+        return {**turned, "past": choose_rows(full, past, state["past"])}
 
     def _newest(self, old: Tensor, new: Tensor) -> Tensor:
         return torch.cat([old, new], 1)[:, -self.config.memory_length :]
@@ -176,21 +178,28 @@ class LookAheadAttention(Stateful):
             new = torch.cat([empty, new], 1)
         return choose_rows(view.opens, new.to(old.dtype), old)
 
+    def _table(self, view: View) -> Tensor:
+        """W_r of every distance [H, d, R]."""
+        table = self.distance(view.table).unflatten(-1, (self.config.num_heads, -1))
+        return table.permute(1, 2, 0)
+
     def _scores(
-        self, q: Tensor, keys: Tensor, table: Tensor, bias: Tensor
+        self, q: Tensor, keys: Tensor, bias: Tensor, table: Tensor, maps: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Scaled scores by content [B, H, T, K] and by distance [B, H, T, R]; table [H, d, R]."""
+        """Scaled scores by content [B, H, T, K] and by distance [B, H, T, R]; table [H, d, R], or
+        [D, R] behind `maps` [H, d, D]."""
         scale = q.shape[-1] ** -0.5
         content = ((q + self.content) * scale).transpose(1, 2) @ keys.permute(0, 2, 3, 1)
-        return content, ((q + bias) * scale).transpose(1, 2) @ table
+        q = ((q + bias) * scale).transpose(1, 2)
+        return content, (q if maps is None else q @ maps) @ table
 
     def _look_ahead(
         self,
         q: Tensor,
         read: Tensor,
-        table: Tensor,
         state: State,
         view: View,
+        table: Tensor,
         trace: Trace | None,
     ) -> tuple[Tensor, State]:
         """The held positions' results after equation 4, and the past with them in it.
@@ -201,7 +210,7 @@ class LookAheadAttention(Stateful):
         held, past = view.held, state["past"]
         window = min(self.config.segment_length, held)
         keys, values = read[:, -window:].unbind(2)
-        content, distance = self._scores(q, keys, table[..., -held - 1 :], self.ahead)
+        content, distance = self._scores(q, keys, self.ahead, table[..., -held - 1 :])
         before = (past["context"][:, -held:], past["log_sum"][:, -held:])
         context, log_sum = merge(before, look_ahead(content, distance, values))
         if trace is not None:
@@ -213,9 +222,13 @@ class LookAheadAttention(Stateful):
         }
         return context, past
 
-    def _look_back(self, q: Tensor, read: Tensor, table: Tensor, view: View) -> Sum:
+    def _look_back(self, q: Tensor, read: Tensor, view: View, table: Tensor | None) -> Sum:
+        """`table` None, for few queries: W_r is applied to them instead of to every distance."""
         keys, values = read.unbind(2)
-        content, distance = self._scores(q, keys, table, self.causal)
+        maps = None
+        if table is None:
+            maps, table = self.distance.weight.unflatten(0, q.shape[-2:]), view.table.T
+        content, distance = self._scores(q, keys, self.causal, table, maps)
         filled = None
         if view.valid is not None:
             filled = torch.cat([view.valid, view.valid.new_ones(q.shape[0], view.end)], 1)

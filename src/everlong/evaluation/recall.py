@@ -4,7 +4,7 @@ Subjects are Memformer's two forms; controls are the same weights with the memor
 segment, a horizon of one segment, and sliding-window attention of equal width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,7 +20,7 @@ from everlong.models.hub import EverlongForCausalLM
 from everlong.provenance import git_sha, write_results
 from everlong.registry import check_types, memory_entry
 from everlong.state import State
-from everlong.tasks.recall import IGNORED, RecallBatch, RecallConfig, make_batch
+from everlong.tasks.recall import IGNORED, RecallConfig, make_batch
 from everlong.training.horizon import Horizon
 
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % of Student's t, by number of seeds
@@ -136,8 +136,11 @@ def family_subjects(family: str, task: RecallConfig, run: RecallRun) -> dict[str
     return found
 
 
-def build(subject: Subject, task: RecallConfig, run: RecallRun, seed: int) -> EverlongForCausalLM:
-    """The subject's model; one id more than the task's stands for bos."""
+def build(subject: Subject, task: Any, run: Any, seed: int) -> EverlongForCausalLM:
+    """The subject's model for a task's `vocab_size` and a run's `hidden_size` and `num_heads`.
+
+    One id more than the task's stands for bos.
+    """
     torch.manual_seed(seed)
     return EverlongForCausalLM(
         EverlongConfig(
@@ -164,36 +167,56 @@ def train(
 ) -> EverlongForCausalLM:
     """Train on items (seed, 0 ...) by replay over the whole item, segment by segment."""
     model = build(subject, task, run, seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=run.learning_rate)
-    horizon = Horizon("replay", truncate=subject.truncate)
+    starts = range(0, run.steps * run.batch_size, run.batch_size)
+    batches = (make_batch(task, seed, range(i, i + run.batch_size)) for i in starts)
+    fit(model, batches, task.segment_length, run.learning_rate, subject.truncate, on_step)
+    return model
+
+
+def fit(
+    model: EverlongForCausalLM,
+    batches: Iterable[Any],
+    segment_length: int,
+    learning_rate: float,
+    truncate: int | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> None:
+    """One optimiser step a batch, until there are no more: its `inputs`, `targets` and `mask`.
+
+    By replay over whole items, segment by segment; the loss is the mean over targets.
+    """
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    horizon = Horizon("replay", truncate=truncate)
 
     def step(segment: tuple[torch.Tensor, ...], state: State) -> tuple[torch.Tensor, State]:
-        inputs, targets, mask = segment
+        inputs, targets, mask, count = segment
         logits, state = model.stream(inputs, state, mask)
         loss = F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        return loss / len(inputs), state
+        return loss / count, state
 
-    for index in range(run.steps):
-        first = index * run.batch_size
-        batch = make_batch(task, seed, range(first, first + run.batch_size))
-        parts = (batch.inputs, batch.targets, batch.mask)
-        segments = list(zip(*(part.split(task.segment_length, 1) for part in parts), strict=True))
+    for index, batch in enumerate(batches):
+        count = (batch.targets != IGNORED).sum()
+        parts = (
+            part.split(segment_length, 1) for part in (batch.inputs, batch.targets, batch.mask)
+        )
+        segments = [(*segment, count) for segment in zip(*parts, strict=True)]
         optimiser.zero_grad()
-        loss, _ = horizon(step, segments, model.init_state(run.batch_size), [1.0] * len(segments))
+        state = model.init_state(len(batch.inputs))
+        loss, _ = horizon(step, segments, state, [1.0] * len(segments))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         if on_step is not None:
             on_step(index + 1, float(loss))
-    return model
 
 
 @torch.no_grad()
 def accuracy(
-    model: EverlongForCausalLM, batch: RecallBatch, segment_length: int, wipe: bool = False
+    model: EverlongForCausalLM, batch: Any, segment_length: int, wipe: bool = False
 ) -> float:
-    """Share of queries answered; `wipe` starts every segment from a fresh state."""
+    """Share of queries answered (`batch.correct`, the mean over rows); `wipe` starts every segment
+    from a fresh state."""
     logits, state = [], model.init_state(len(batch.inputs))
     everyone = torch.ones(len(batch.inputs), dtype=torch.bool)
     parts = (batch.inputs, batch.mask)
@@ -283,15 +306,16 @@ def interval(values: Sequence[float]) -> float | None:
     return _T95[len(values)] * stdev(values) / len(values) ** 0.5
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean over seeds with a 95 % interval (Student's t), by name and number of distractors."""
+def summary(rows: Sequence[Mapping[str, Any]], by: str = "distractors") -> list[dict[str, Any]]:
+    """Mean over seeds with a 95 % interval (Student's t), by name and number of distractors, or
+    whatever else of the rows is called `by`."""
     groups: dict[tuple[str, int], list[float]] = {}
     for row in rows:
-        groups.setdefault((row["name"], row["distractors"]), []).append(row["accuracy"])
+        groups.setdefault((row["name"], row[by]), []).append(row["accuracy"])
     return [
         {
             "name": name,
-            "distractors": count,
+            by: count,
             "mean": mean(values),
             "interval": interval(values),
             "worst": min(values),

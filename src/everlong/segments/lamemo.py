@@ -342,14 +342,15 @@ class LaMemo(SegmentMemory):
     not shared; no dropout on the attention weights; the last layer keeps no results, for nothing
     reads what its memory positions find (the outputs are the same).
 
-    `core` is a `LookAheadStack`; without one, a single layer, which by the last point reads the
-    memory but does not look ahead: that takes two.
+    `core` is a `LookAheadStack`; without one, two layers: a single one, by the last point, reads
+    the memory but does not look ahead.
     """
 
     def __init__(self, config: LaMemoConfig, core: Stateful | None = None):
         super().__init__()
         if core is None:
-            core = self.make_core(config, StackConfig(config.hidden_size, config.num_heads))
+            layers = ("attention",) * 2  # one alone has nobody to look ahead for
+            core = self.make_core(config, StackConfig(config.hidden_size, config.num_heads, layers))
         if not isinstance(core, LookAheadStack) or core.config != config:
             raise ValueError(
                 "lamemo brings its own layers: its core is LaMemo.make_core(config, stack) of the "

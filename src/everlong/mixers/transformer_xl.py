@@ -67,29 +67,54 @@ class RelativeAttention(nn.Module):
         self.content_bias = nn.Parameter(nn.init.normal_(u, std=0.02))
         self.distance_bias = nn.Parameter(nn.init.normal_(v, std=0.02))
 
-    def forward(self, x: Tensor, before: Tensor, reach: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, before: Tensor, reach: Tensor, pieces: list[int] | None = None
+    ) -> Tensor:
         """x [B, T, D] after `before` [B, P, D], place by place -> [B, T, D].
 
-        Query i sees itself and the reach[b, i] (Int [B, T]) places before it, of those there are.
+        Query i sees itself and the reach[b, i] (Int [B, T], of those there are) places before it.
+        They are read in `pieces` (lengths; None: one); no query of a piece sees what its first does
+        not, but for what lies between.
         """
-        context = torch.cat([before.to(x.dtype), x], 1)
-        length, keys, width = x.shape[1], context.shape[1], x.shape[2]
-        q = self._heads(self.query(x))
-        k, v = (self._heads(part) for part in self.key_value(context).chunk(2, -1))
-        places = torch.arange(keys, device=x.device)
-        table = self.distance(sinusoid(places.flip(0), width, self.distance.weight.dtype))
-        table = self._heads(table[None]).transpose(-1, -2)
-        scores = shift((q + self.distance_bias.to(q.dtype)) @ table) * q.shape[-1] ** -0.5
+        pieces = pieces or [x.shape[1]]
+        q = self._heads(self.query(x)).split(pieces, 2)
+        kv = self.key_value(torch.cat([before.to(x.dtype), x], 1))
+        kv = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        # rolled along, not sliced from the whole, whose gradient would cost its length each time
+        window, *parts = kv.split([before.shape[1], *pieces], 3)
+        reaches = reach.split(pieces, 1)
+        furthest = torch.stack([part[:, 0].max() for part in reaches]).tolist()
+        table = self._table(max(map(sum, zip(furthest, pieces, strict=True))), x.device)
+        outputs = []
+        for queries, part, far, seen in zip(q, parts, furthest, reaches, strict=True):
+            window = torch.cat([window[..., max(0, window.shape[3] - far) :, :], part], 3)
+            outputs.append(self._attend(queries, window[0], window[1], table, seen))
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, reach: Tensor) -> Tensor:
+        """q [B, H, T, d] at the last T of the K places of k and v [B, H, K, d]; table [1, H, d, at
+        least K] ends at distance 0."""
+        length, keys = q.shape[2], k.shape[2]
+        by_distance = (q + self.distance_bias.to(q.dtype)) * q.shape[-1] ** -0.5
+        scores = shift(by_distance @ table[..., table.shape[-1] - keys :])
+        places = torch.arange(keys, device=q.device)
         distance = places[keys - length :, None] - places
         visible = (distance >= 0) & (distance <= reach[..., None])
-        y = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             q + self.content_bias.to(q.dtype),
             k,
             v,
             attn_mask=scores.masked_fill(~visible[:, None], float("-inf")),
             dropout_p=self.dropout if self.training else 0.0,
         )
-        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _table(self, count: int, device: torch.device) -> Tensor:
+        """W_r R of the distances count - 1 to 0: [1, H, d, count]."""
+        weight = self.distance.weight
+        distances = torch.arange(count - 1, -1, -1, device=device)
+        table = self.distance(sinusoid(distances, weight.shape[1], weight.dtype))
+        return self._heads(table[None]).transpose(-1, -2)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, H, T, d]."""
@@ -167,24 +192,18 @@ class TransformerXL(Stateful):
     def run(
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
     ) -> tuple[Tensor, State]:
-        size = self.config.memory_length if self.config.same_length else self.period
-        size *= -(-_LEAST_BLOCK // size)
-        first = size - int(state["position"][0]) % self.period  # blocks end where segments do
-        outputs, start = [], 0
-        for length in cut(x.shape[1], first, size):
-            inside = None if lengths is None else (lengths - start).clamp(0, length)
-            y, state = self._read(x[:, start : start + length], state, inside)
-            outputs.append(y)
-            start += length
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
-
-    def _read(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
         past, position, length = state["past"], state["position"], x.shape[1]
         reach = self._reach(position[:, None] + torch.arange(length, device=x.device))
         held = int(reach[:, 0].max())  # no later query sees further back than the first
-        y = self.attention(x, past[:, past.shape[1] - held :], reach)
+        y = self.attention(x, past[:, past.shape[1] - held :], reach, self._pieces(state, length))
         moved = length if lengths is None else lengths
         return y, {"past": push(past, x, lengths), "position": position + moved}
+
+    def _pieces(self, state: State, length: int) -> list[int]:
+        """The blocks a call is read in; they end where the first row's segments do."""
+        size = self.config.memory_length if self.config.same_length else self.period
+        size *= -(-_LEAST_BLOCK // size)
+        return cut(length, size - int(state["position"][0]) % self.period, size)
 
     def _reach(self, steps: Tensor) -> Tensor:
         """How many positions before its own the query at each stream position sees."""

@@ -29,6 +29,15 @@ class Trace:
     def loss(self, name: str, value: Tensor) -> None:
         self.losses.setdefault(name, []).append(value)
 
+    def total(self) -> Tensor | None:
+        """The sum of all losses, float32 at least; None where there is none."""
+        values = [value for found in self.losses.values() for value in found]
+        if not values:
+            return None
+        return torch.stack(
+            [v.to(torch.promote_types(v.dtype, torch.float32)) for v in values]
+        ).sum()
+
     def record(self, name: str, value: Tensor) -> None:
         if not self.recording:
             return

@@ -75,6 +75,48 @@ def recall(
     bench_recall(recipes.load(recipe, changes), out / "recall.json", _say)
 
 
+def copy(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench")) -> None:
+    """Copy a source across segments: RMT against Transformer-XL, with and without a curriculum.
+
+    Parameters
+    ----------
+    seeds
+        One training each, of every subject.
+    out
+        The folder that copy.json is written to.
+    """
+    from everlong.cli.recall import accuracy_table
+    from everlong.evaluation import copying
+    from everlong.evaluation.recall import summary
+
+    config = copying.CopyRun()
+    rows = copying.measure(config, seeds, _say)
+    accuracy_table(summary(rows, "symbols"), "symbols", "accuracy, by symbols of the source")
+    copying.write(out / "copy.json", config, rows)
+    print(f"written to {out}")
+
+
+def delayed(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench")) -> None:
+    """Recall the first symbol after a delay: Stable Hadamard Memory, its ablations, and a GRU.
+
+    Parameters
+    ----------
+    seeds
+        One training each, of every subject.
+    out
+        The folder that delayed.json is written to.
+    """
+    from everlong.cli.recall import accuracy_table
+    from everlong.evaluation import delayed as bench
+    from everlong.evaluation.recall import summary
+
+    config = bench.DelayedRun()
+    rows = bench.measure(config, seeds, _say)
+    accuracy_table(summary(rows, "delay"), "delay", "accuracy, by delay in tokens")
+    bench.write(out / "delayed.json", config, rows)
+    print(f"written to {out}")
+
+
 def language(
     *names: str,
     recipe: str = "families",

@@ -30,8 +30,10 @@ def evaluate(
     surprise
         Write what each token cost to this file, one JSON object a line.
     """
+    from everlong.cli.final import LOOKS_AHEAD
     from everlong.cli.progress import size
     from everlong.cli.runs import open_run
+    from everlong.models.decoder import looks_ahead
 
     opened = open_run(run)
     documents = _documents(opened, text)
@@ -44,6 +46,7 @@ def evaluate(
         f"{bits:.4f} bits per byte{' with the memory wiped at every segment' if wipe else ''}: "
         f"{documents.num_bytes:,} bytes in {len(documents):,} documents, "
         f"{sum(documents.lengths) / seconds:,.0f} tokens/s, state {size(state_bytes)}"
+        f"{LOOKS_AHEAD if looks_ahead(opened.model.config) else ''}"
     )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from everlong.training.config import TrainConfig
 
 Results = dict[str, Any]
+LOOKS_AHEAD = " (published protocol: looks ahead, compare with no causal model)"
 STREAMED = (10, 1000)  # segments after which the bytes of state are measured
 _PASSAGE, _SHOWN, _CONTINUED = 4096, 160, 320  # tokens read before, shown of them, made
 _SLICE = 1 << 16  # tokens of a document read at a time
@@ -27,6 +28,7 @@ def evaluate(
 ) -> Results:
     """Measure, write results.json and curves.png into the run folder, and return the results."""
     from everlong.evaluation.report import plot_curves
+    from everlong.models.decoder import looks_ahead
     from everlong.provenance import write_results
 
     print("measuring on the validation text", file=sys.stderr)
@@ -34,6 +36,7 @@ def evaluate(
     assert length is not None
     names = model.config.segment, "+".join(dict.fromkeys(model.config.layer_names))
     name = names[0]["name"] if names[0] else names[1]
+    name += LOOKS_AHEAD if looks_ahead(model.config) else ""
     rows = [_row(name, model, texts, length, run_dir)]
     if length % model.period == 0:
         wiped = _bits(model, texts, length, wipe=True)

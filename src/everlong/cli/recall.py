@@ -143,21 +143,25 @@ def bench_family(recipe: "Recipe", family: str, out: Path, say: Callable[[str], 
     print(f"chance {plan.task.chance:.3f}, {len(plan.seeds)} seeds; written to {out}")
 
 
-def _table(rows: list[dict[str, Any]]) -> None:
-    """Accuracy by number of distractor segments, one line a name."""
+def accuracy_table(rows: list[dict[str, Any]], by: str, title: str) -> None:
+    """Means of `evaluation.recall.summary(rows, by)`, one line a name."""
     from rich.table import Table
 
     from everlong.cli.progress import console
 
-    counts = list(dict.fromkeys(row["distractors"] for row in rows))
+    counts = list(dict.fromkeys(row[by] for row in rows))
     table = Table(box=None, pad_edge=False)
-    table.add_column("accuracy, by distractor segments")
+    table.add_column(title)
     for count in counts:
         table.add_column(str(count), justify="right")
-    cells = {(row["name"], row["distractors"]): _cell(row) for row in rows}
+    cells = {(row["name"], row[by]): _cell(row) for row in rows}
     for name in dict.fromkeys(row["name"] for row in rows):
         table.add_row(name, *(cells[name, count] for count in counts))
     console().print(table)
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    accuracy_table(rows, "distractors", "accuracy, by distractor segments")
 
 
 def _cell(row: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from everlong.models.hub import EverlongForCausalLM
 from everlong.provenance import git_sha, write_results
 from everlong.registry import check_types, memory_entry
 from everlong.state import State
+from everlong.stateful import Trace
 from everlong.tasks.recall import IGNORED, RecallConfig, make_batch
 from everlong.training.horizon import Horizon
 
@@ -190,11 +191,13 @@ def fit(
 
     def step(segment: tuple[torch.Tensor, ...], state: State) -> tuple[torch.Tensor, State]:
         inputs, targets, mask, count = segment
-        logits, state = model.stream(inputs, state, mask)
+        trace = Trace(recording=False)
+        logits, state = model.stream(inputs, state, mask, trace)
         loss = F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        return loss / count, state
+        own = trace.total()  # a memory's own losses weigh like a target
+        return loss / count + (0 if own is None else own), state
 
     for index, batch in enumerate(batches):
         count = (batch.targets != IGNORED).sum()

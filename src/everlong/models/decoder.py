@@ -40,6 +40,12 @@ def segment_memory(config: "EverlongConfig") -> tuple[registry.Entry, Any]:
     return entry, registry.build_config(entry, options)
 
 
+def looks_ahead(config: "EverlongConfig") -> bool:
+    """Whether the model's predictions depend on later tokens, as under a published protocol that
+    does: its scores are no causal model's, and are marked wherever they are shown."""
+    return config.segment is not None and getattr(segment_memory(config)[1], "looks_ahead", False)
+
+
 class Decoder(Stateful):
     """Embedding, then the stack of mixers, with the segment memory around it where there is one.
 

@@ -50,8 +50,8 @@ def segment_step(model: Any, autocast: Autocast) -> Callable[[Batch, State], tup
         with autocast():
             logits, state = model.stream(segment["inputs"], state, segment.get("mask"), trace)
         nats = cross_entropy(logits, segment["targets"])
-        if own := [value.float() for values in trace.losses.values() for value in values]:
-            weighted = torch.stack(own).sum() * (segment["targets"] != IGNORE).sum()
+        if (own := trace.total()) is not None:
+            weighted = own * (segment["targets"] != IGNORE).sum()
             nats = nats + weighted - weighted.detach()
         return nats, state
 

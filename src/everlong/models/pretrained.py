@@ -275,8 +275,8 @@ class PretrainedCore(Stateful):
     ) -> tuple[Tensor, State]:
         if self.training and checkpoints_gradients(self.decoder):
             raise ValueError(
-                "gradient checkpointing drops the keys and values that are this core's state: call "
-                "gradient_checkpointing_disable() and save activations with everlong.replay"
+                "gradient checkpointing drops the keys and values that are this core's state: turn "
+                "it off, and save activations with everlong.replay"
             )
         cache = Cache(layers=[CallLayer(layer, view) for layer in layers])
         out = self.decoder(

@@ -25,7 +25,7 @@ from everlong.stateful import Stateful, Trace
 class ExtendedConfig(PreTrainedConfig):
     """base: the pretrained model's config as a dict; attention: its attn_implementation; memory:
     the segment memory's "name" and options; shapes: (heads, width) of keys and of values of each
-    layer. `extend` writes it."""
+    layer; ties: further names of weights that have several, and the first. `extend` writes it."""
 
     model_type = "everlong_extended"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
@@ -34,6 +34,7 @@ class ExtendedConfig(PreTrainedConfig):
     attention: str = "sdpa"
     memory: dict[str, Any] = field(default_factory=dict)
     shapes: list[list[int]] = field(default_factory=list)
+    ties: dict[str, str] = field(default_factory=dict)
     vocab_size: int = 0
     hidden_size: int = 0
     tie_word_embeddings: bool = False
@@ -91,11 +92,17 @@ class Head(nn.Module):
 
     def __init__(self, model: PreTrainedModel, decoder: nn.Module):
         super().__init__()
+        output = model.get_output_embeddings()
+        self.output = next(name for name, each in model.named_modules() if each is output)
         self.model = _without(model, decoder)
 
     @property
+    def embeddings(self) -> nn.Module:
+        return self.model.get_submodule(self.output)
+
+    @property
     def weight(self) -> Tensor:
-        return self.model.get_output_embeddings().weight
+        return self.embeddings.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.model(inputs_embeds=hidden, use_cache=False).logits
@@ -127,11 +134,14 @@ class ExtendedForCausalLM(StreamForCausalLM):
 
     def __init__(self, config: ExtendedConfig, model: PreTrainedModel | None = None):
         super().__init__(config)
-        model = _build_base(config) if model is None else model
-        decoder: Any = model.get_decoder()
+        base = _build_base(config) if model is None else model
+        decoder: Any = base.get_decoder()
         self.body = ExtendedBody(build_memory(config, decoder))
-        self.lm_head = Head(model, decoder)
-        self._tied_weights_keys = _shared_names(self)
+        self.lm_head = Head(base, decoder)
+        if model is not None:
+            config.ties = _shared_names(self)
+            config.tie_word_embeddings = bool(config.ties)
+        self._tied_weights_keys = config.ties
         self.post_init()
         self._built = True
 
@@ -153,14 +163,14 @@ class ExtendedForCausalLM(StreamForCausalLM):
         self.core.decoder.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head.model.get_output_embeddings()
+        return self.lm_head.embeddings
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head.model.set_output_embeddings(new_embeddings)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """Of the model as it stands: the parts' own names for it do not hold here."""
-        return dict(self._tied_weights_keys) if self.config.tie_word_embeddings else {}
+        return dict(self.config.ties) if self.config.tie_word_embeddings else {}
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -169,16 +179,17 @@ class ExtendedForCausalLM(StreamForCausalLM):
             return
         for part in (self.core.decoder, self.lm_head.model):
             part.initialize_weights()
-        memory = cast(ExtendedBody, self.body).memory
-        tensors = [*memory.named_parameters(), *memory.named_non_persistent_buffers()]  # pyright: ignore
+        ours = "body.memory."
+        tensors = [*self.named_parameters(), *self.named_non_persistent_buffers()]
         absent = [
-            name
+            name.removeprefix(ours)
             for name, each in tensors
-            if ".decoder." not in f".{name}" and not getattr(each, "_is_hf_initialized", False)
+            if name.startswith(ours) and not getattr(each, "_is_hf_initialized", False)
         ]
-        fresh = build_memory(self.config, self.core.decoder) if absent else memory
+        absent = [name for name in absent if not name.startswith("core.decoder.")]
+        fresh = build_memory(self.config, self.core.decoder) if absent else self.core
         for name in absent:
-            _tensor(memory, name).copy_(_tensor(fresh, name))
+            self.get_parameter_or_buffer(ours + name).copy_(_tensor(fresh, name))
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         if any(".base_layer." in name for name, _ in self.named_parameters()):
@@ -261,7 +272,6 @@ def _config(model: PreTrainedModel, name: str, options: Mapping[str, Any]) -> Ex
         shapes=cache_shapes(decoder),
         vocab_size=config.vocab_size,
         hidden_size=width,
-        tie_word_embeddings=bool(_shared_names(model)),
         **tokens,
     )
 

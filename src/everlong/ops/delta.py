@@ -1,0 +1,68 @@
+"""Special forms of the DPLR state, with less to compute: no correction, and the delta rule.
+
+Shapes, signatures and what `lengths` does are those of `everlong.ops.dplr`.
+"""
+
+import torch
+from torch import Tensor
+
+from everlong.ops.dplr import CHUNK, carry, chunked, decays, pairs, prepare, solve, whole
+from everlong.ops.scan import recur
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    chunk_size: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t, o_t = q_t S_t: nothing is solved.
+
+    One g a head: RetNet, Mamba2, and linear attention (arXiv 2006.16236) with g = 0. One a channel:
+    GLA, HGRN2 (arXiv 2404.07904).
+    """
+    length, dtype = v.shape[1], v.dtype
+    with torch.autocast(v.device.type, enabled=False):
+        state, parts = prepare([q, k, v, g], state, lengths)
+        q, k, v, g = (chunked(part, chunk_size) for part in parts)
+        into, out, total = decays(g)
+        (qk,) = pairs((q,), (k,), g)
+        start = state.flatten(0, 1)
+        after = recur(total, (k * out).mT @ v, start)
+        states = torch.cat([start[None], after[:-1]])
+        o = (q * into) @ states + qk @ v
+        return whole(o, state, length).to(dtype), after[-1].view_as(state)
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    chunk_size: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """S' = diag(exp(g_t)) S_{t-1}, S_t = S' + beta_t k_t^T (v_t - k_t S'), o_t = q_t S_t.
+
+    beta [B, T, H]. DeltaNet (arXiv 2406.06484) with g = 0; GatedDeltaNet (arXiv 2412.06464) with
+    one g a head; Kimi Delta Attention (arXiv 2510.26692) with one a channel. What S holds never
+    grows by itself for |k| = 1 and beta in [0, 2].
+    """
+    length, dtype = v.shape[1], v.dtype
+    with torch.autocast(v.device.type, enabled=False):
+        state, parts = prepare([q, k, v, g, beta], state, lengths)
+        q, k, v, g, beta = (chunked(part, chunk_size) for part in parts)
+        into, out, total = decays(g)
+        kk, qk = pairs((k, q), (k,), g)
+        found = solve(beta * kk, torch.cat([beta * v, -beta * into * k], -1))
+        u, w = found.split([v.shape[-1], k.shape[-1]], -1)
+        e, states, last = carry(u, w, k * out, total, None, state.flatten(0, 1))
+        o = (q * into) @ states + qk @ e
+        return whole(o, state, length).to(dtype), last.view_as(state)

@@ -1,0 +1,121 @@
+"""The first-order scan h_t = f_t * h_{t-1} + i_t, and the engine under it for tensors of any shape.
+
+B batch, T time, D width, W positions of a chunk. This is the recurrence of HGRN (Qin et al.,
+arXiv 2311.04823, eq. 3), and of the states between the chunks of linear attention.
+"""
+
+import math
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from everlong.ops.ragged import valid_positions
+
+
+def scan_reference(
+    f: Tensor, i: Tensor, state: Tensor, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Position by position, the definition of `scan`."""
+    f, i, state = _real(f, i, state, lengths)
+    outputs = []
+    for t in range(i.shape[1]):
+        state = f[:, t] * state + i[:, t]
+        outputs.append(state)
+    return torch.stack(outputs, 1), state
+
+
+def scan(
+    f: Tensor, i: Tensor, state: Tensor, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """h_t = f_t * h_{t-1} + i_t for all t: f, i [B, T, D], state h_0 [B, D] -> h [B, T, D], h_T.
+
+    Position j of all chunks of about sqrt(T) positions is computed at once, then what enters each
+    chunk is carried over them: nothing is divided by a product of decays, so f may be 0. With
+    `lengths` Int [B], positions behind a row's length neither decay nor write (their h is the last
+    state). Results are float32 at least; gradients are of first order.
+    """
+    f, i, state = _real(f, i, state, lengths)
+    h = recur(f.transpose(0, 1), i.transpose(0, 1), state, math.isqrt(i.shape[1]))
+    return h.transpose(0, 1), h[-1]
+
+
+def recur(f: Tensor, i: Tensor, start: Tensor, width: int | None = None) -> Tensor:
+    """The scan along the first dimension: i [T, ...], f [T, ...] of i's shape or broadcasting to
+    it, start [...] -> h [T, ...]. In chunks of `width` positions; None for one chunk, which is
+    best where a position holds thousands of numbers."""
+    length = i.shape[0]
+    width = min(width or length, length)
+    padding = (0, 0) * (i.dim() - 1) + (0, -length % width)
+    found: Any = _Scan.apply(F.pad(f, padding), F.pad(i, padding), start, width)
+    return found[:length]
+
+
+class _Scan(torch.autograd.Function):
+    """T is a multiple of width. Backwards it is the same scan from the other end: the gradient by
+    each h passes the decay of the position behind it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        f, i, start, width = inputs
+        h = i.clone(memory_format=torch.contiguous_format)
+        _recur(_places(f, width), _places(h, width), start)
+        ctx.save_for_backward(f, h, start)
+        ctx.width = width
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        f, h, start = ctx.saved_tensors
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        behind = torch.cat([f[1:], torch.ones_like(f[:1])])
+        places = _places(behind, ctx.width), _places(grad, ctx.width)
+        _recur(*places, torch.zeros_like(start), backwards=True)
+        by_f = None
+        if ctx.needs_input_grad[0]:
+            by_f = (grad * torch.cat([start[None], h[:-1]])).sum_to_size(f.shape)
+        return by_f, grad, f[0] * grad[0], None
+
+
+def _real(
+    f: Tensor, i: Tensor, state: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In float32 at least; f = 1 and i = 0 behind a row's length."""
+    dtype = torch.promote_types(torch.promote_types(i.dtype, state.dtype), torch.float32)
+    f, i, state = f.to(dtype), i.to(dtype), state.to(dtype)
+    if lengths is not None:
+        real = valid_positions(lengths, i.shape[1])[..., None]
+        f, i = torch.where(real, f, 1.0), torch.where(real, i, 0.0)
+    return f, i, state
+
+
+def _places(x: Tensor, width: int) -> list[Tensor]:
+    """[T, ...] -> place j of every chunk, [T / width, ...] for each j; views."""
+    return list(x.unflatten(0, (-1, width)).unbind(1))
+
+
+def _recur(
+    decays: list[Tensor], drives: list[Tensor], start: Tensor, backwards: bool = False
+) -> None:
+    """Places of chunks: the scan written over the drives, `start` before the first position, or
+    with `backwards` behind the last."""
+    order = slice(None, None, -1) if backwards else slice(None)
+    decays, drives = decays[order], drives[order]
+    chunks = len(drives[0])
+    if chunks == 1:
+        drives[0].addcmul_(decays[0], start)
+    for (before, here), decay in zip(pairwise(drives), decays[1:], strict=True):
+        here.addcmul_(decay, before)
+    if chunks == 1:
+        return
+    products = list(accumulate(decays, torch.mul))
+    entering = [start]
+    for chunk in range(chunks)[order][:-1]:
+        entering.append(torch.addcmul(drives[-1][chunk], products[-1][chunk], entering[-1]))
+    carried = torch.stack(entering[order])
+    for here, product in zip(drives, products, strict=True):
+        here.addcmul_(product, carried)

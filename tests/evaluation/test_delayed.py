@@ -13,11 +13,11 @@ from everlong.evaluation.delayed import (
     accuracy,
     build,
     fresh_state,
-    means,
     measure,
     train,
     write,
 )
+from everlong.evaluation.recall import summary
 from everlong.tasks.copy_first import CopyFirstConfig
 
 TINY = DelayedRun(
@@ -37,7 +37,7 @@ def test_every_subject_over_the_seeds_as_rows_and_as_json(tmp_path):
     assert found["command"] == "everlong bench delayed"
     assert found["rows"] == rows
     assert found["config"]["task"]["max_delay"] == TINY.train_delay
-    first = means(rows)[0]
+    first = summary(rows, "delay")[0]
     assert (first["name"], first["delay"]) == (SUBJECTS[0], 2)
     assert first["mean"] == pytest.approx((rows[0]["accuracy"] + rows[2]["accuracy"]) / 2)
     assert rows == measure(TINY, (0, 1), told.append)  # it repeats

@@ -167,13 +167,7 @@ def measure(
     return rows
 
 
-def means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean over seeds with a 95 % interval, by name and delay."""
-    found = summary([{**row, "distractors": row["delay"]} for row in rows])
-    return [{"name": row["name"], "delay": row.pop("distractors"), **row} for row in found]
-
-
 def write(path: Path, config: DelayedRun, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows and their means as JSON with provenance."""
+    """The rows and their summary as JSON with provenance."""
     plan = {"task": asdict(CopyFirstConfig(max_delay=config.train_delay)), "run": asdict(config)}
-    write_results(path, "everlong bench delayed", plan, summary=means(rows), rows=list(rows))
+    write_results(path, "everlong bench delayed", plan, summary=summary(rows, "delay"), rows=list(rows))

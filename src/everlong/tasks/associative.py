@@ -14,9 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from everlong.tasks.recall import BLANK, FIRST_SYMBOL, IGNORED, QUERY, RecallBatch, RecallItem
+from everlong.tasks.recall import (
+    BLANK,
+    FIRST_SYMBOL,
+    QUERY,
+    RecallBatch,
+    RecallItem,
+    to_batch,
+)
 
 
 @dataclass(frozen=True)
@@ -86,18 +92,4 @@ def make_item(config: AssociativeConfig, seed: int, index: int) -> RecallItem:
 
 def make_batch(config: AssociativeConfig, seed: int, indices: Sequence[int]) -> RecallBatch:
     """The items of `indices` as rows, in that order, on the CPU; `distractors` as in an item."""
-    items = [make_item(config, seed, index) for index in indices]
-    inputs = np.full((len(items), config.max_length), BLANK, dtype=np.int64)
-    targets = np.full_like(inputs, IGNORED)
-    lengths = np.array([len(item.tokens) for item in items], dtype=np.int64)
-    for row, item in enumerate(items):
-        inputs[row, : len(item.tokens)] = item.tokens
-        targets[row, len(item.tokens) - 1] = item.answer
-    return RecallBatch(
-        inputs=torch.from_numpy(inputs),
-        targets=torch.from_numpy(targets),
-        mask=torch.from_numpy(np.arange(config.max_length) < lengths[:, None]),
-        lengths=torch.from_numpy(lengths),
-        answers=torch.tensor([item.answer for item in items], dtype=torch.int64),
-        distractors=torch.tensor([item.distractors for item in items], dtype=torch.int64),
-    )
+    return to_batch([make_item(config, seed, index) for index in indices], config.max_length)

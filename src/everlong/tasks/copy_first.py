@@ -15,9 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from everlong.tasks.recall import BLANK, FIRST_SYMBOL, IGNORED, QUERY, RecallBatch
+from everlong.tasks.recall import (
+    BLANK,
+    FIRST_SYMBOL,
+    QUERY,
+    RecallBatch,
+    RecallItem,
+    to_batch,
+)
 
 
 @dataclass(frozen=True)
@@ -70,17 +76,5 @@ def make_batch(config: CopyFirstConfig, seed: int, indices: Sequence[int]) -> Re
     `distractors` holds each row's T.
     """
     items = [make_item(config, seed, index) for index in indices]
-    inputs = np.full((len(items), config.max_length), BLANK, dtype=np.int64)
-    targets = np.full_like(inputs, IGNORED)
-    lengths = np.array([len(item) for item in items], dtype=np.int64)
-    for row, item in enumerate(items):
-        inputs[row, : len(item)] = item
-        targets[row, len(item) - 1] = item[0]
-    return RecallBatch(
-        inputs=torch.from_numpy(inputs),
-        targets=torch.from_numpy(targets),
-        mask=torch.from_numpy(np.arange(config.max_length) < lengths[:, None]),
-        lengths=torch.from_numpy(lengths),
-        answers=torch.from_numpy(inputs[:, 0].copy()),
-        distractors=torch.from_numpy(lengths - 2),
-    )
+    asked = [RecallItem(tokens, int(tokens[0]), len(tokens) - 2) for tokens in items]
+    return to_batch(asked, config.max_length)

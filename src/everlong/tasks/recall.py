@@ -106,8 +106,12 @@ def make_item(config: RecallConfig, seed: int, index: int) -> RecallItem:
 
 def make_batch(config: RecallConfig, seed: int, indices: Sequence[int]) -> RecallBatch:
     """The items of `indices` as rows, in that order, on the CPU."""
-    items = [make_item(config, seed, index) for index in indices]
-    inputs = np.full((len(items), config.max_length), BLANK, dtype=np.int64)
+    return to_batch([make_item(config, seed, index) for index in indices], config.max_length)
+
+
+def to_batch(items: Sequence[RecallItem], max_length: int) -> RecallBatch:
+    """Items that end with their query as rows, padded on the right with masked blanks."""
+    inputs = np.full((len(items), max_length), BLANK, dtype=np.int64)
     targets = np.full_like(inputs, IGNORED)
     lengths = np.array([len(item.tokens) for item in items], dtype=np.int64)
     for row, item in enumerate(items):
@@ -116,7 +120,7 @@ def make_batch(config: RecallConfig, seed: int, indices: Sequence[int]) -> Recal
     return RecallBatch(
         inputs=torch.from_numpy(inputs),
         targets=torch.from_numpy(targets),
-        mask=torch.from_numpy(np.arange(config.max_length) < lengths[:, None]),
+        mask=torch.from_numpy(np.arange(max_length) < lengths[:, None]),
         lengths=torch.from_numpy(lengths),
         answers=torch.tensor([item.answer for item in items], dtype=torch.int64),
         distractors=torch.tensor([item.distractors for item in items], dtype=torch.int64),

@@ -170,4 +170,6 @@ def measure(
 def write(path: Path, config: DelayedRun, rows: Sequence[Mapping[str, Any]]) -> None:
     """The rows and their summary as JSON with provenance."""
     plan = {"task": asdict(CopyFirstConfig(max_delay=config.train_delay)), "run": asdict(config)}
-    write_results(path, "everlong bench delayed", plan, summary=summary(rows, "delay"), rows=list(rows))
+    write_results(
+        path, "everlong bench delayed", plan, summary=summary(rows, "delay"), rows=list(rows)
+    )

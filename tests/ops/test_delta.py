@@ -87,8 +87,9 @@ def test_the_delta_rule_recalls_what_was_written_last():
 @pytest.mark.parametrize("channels", [(), (K,)])
 def test_reflections_and_strong_decay_over_4096_positions(channels):
     """beta = 2 and unit keys turn the state over, thousands of times, without growth."""
-    q, k, v, g, beta, state = (p[:1, :, :1] for p in inputs_of(delta_rule, 4096, channels))
-    state, beta, v = state[:, :1], torch.full_like(beta, 2.0), 0 * v
+    *inputs, state = inputs_of(delta_rule, 4096, channels)
+    q, k, v, g, beta = (part[:1, :, :1] for part in inputs)
+    state, beta, v = state[:1, :1], torch.full_like(beta, 2.0), 0 * v
     for decay in (0 * g, 0 * g - 20):
         inputs = [q, k, v, decay, beta, state]
         wanted = everything(delta_rule, inputs)

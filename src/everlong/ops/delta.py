@@ -6,8 +6,7 @@ Shapes, signatures and what `lengths` does are those of `everlong.ops.dplr`.
 import torch
 from torch import Tensor
 
-from everlong.ops.dplr import CHUNK, carry, chunked, decays, pairs, prepare, solve, whole
-from everlong.ops.scan import recur
+from everlong.ops.dplr import CHUNK, carry, carry_sums, chunked, pairs, prepare, solve, whole
 
 
 def linear_attention(
@@ -29,13 +28,10 @@ def linear_attention(
     with torch.autocast(v.device.type, enabled=False):
         state, parts = prepare([q, k, v, g], state, lengths)
         q, k, v, g = (chunked(part, chunk_size) for part in parts)
-        into, out, total = decays(g)
-        (qk,) = pairs((q,), (k,), g)
-        start = state.flatten(0, 1)
-        after = recur(total, (k * out).mT @ v, start)
-        states = torch.cat([start[None], after[:-1]])
+        (qk,), into, out, total = pairs((q,), (k,), g)
+        states, last = carry_sums(state.flatten(0, 1), total, (k * out).mT @ v)
         o = (q * into) @ states + qk @ v
-        return whole(o, state, length).to(dtype), after[-1].view_as(state)
+        return whole(o, state, length).to(dtype), last.view_as(state)
 
 
 def delta_rule(
@@ -59,10 +55,8 @@ def delta_rule(
     with torch.autocast(v.device.type, enabled=False):
         state, parts = prepare([q, k, v, g, beta], state, lengths)
         q, k, v, g, beta = (chunked(part, chunk_size) for part in parts)
-        into, out, total = decays(g)
-        kk, qk = pairs((k, q), (k,), g)
-        found = solve(beta * kk, torch.cat([beta * v, -beta * into * k], -1))
-        u, w = found.split([v.shape[-1], k.shape[-1]], -1)
-        e, states, last = carry(u, w, k * out, total, None, state.flatten(0, 1))
+        (kk, qk), into, out, total = pairs((k, q), (k,), g)
+        u, w = solve(beta * kk, beta * v, -beta * into * k)
+        states, last, e = carry(state.flatten(0, 1), total, k * out, u, w)
         o = (q * into) @ states + qk @ e
         return whole(o, state, length).to(dtype), last.view_as(state)

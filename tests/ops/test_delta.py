@@ -57,6 +57,7 @@ def test_any_cut_is_one_call(form, channels):
             y, carried = form(*piece, carried, chunk_size=C)
             found.append(y)
         assert_equal([torch.cat(found, 1), carried], wanted)
+        assert carried.untyped_storage().nbytes() == carried.nbytes  # it keeps itself alone
 
 
 def test_without_decay_and_by_equal_channels():

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everlong.ops.dplr import dplr, dplr_reference, pairs
+from everlong.ops.chunks import pairs
+from everlong.ops.dplr import dplr, dplr_reference
 
 B, H, K, V, C = 2, 2, 6, 5, 8
 

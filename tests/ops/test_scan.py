@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everlong.ops.scan import recur, scan, scan_reference
+from everlong.ops.scan import scan, scan_reference
 
 
 def parts(length, *, strength=1.0, dtype=torch.float64):
@@ -50,21 +50,15 @@ def test_any_cut_is_one_call(length, cut):
 
 
 @settings(max_examples=40)
-@given(st.integers(1, 40), st.integers(1, 45), st.booleans())
-def test_any_width_and_a_decay_that_broadcasts(length, width, broadcast):
-    f, i, state = parts(length)
-    f, i = f.transpose(0, 1), i.transpose(0, 1)
-    f = f[:, :, :1] if broadcast else f
-    one = lambda *given: [recur(*given)]  # noqa: E731
-    wide = lambda *given: [recur(*given, width)]  # noqa: E731
-    loop = lambda f, i, s: scan_reference(f.transpose(0, 1), i.transpose(0, 1), s)[:1]  # noqa: E731
-    wanted = everything(loop, [f, i, state])
-    wanted[0] = wanted[0].transpose(0, 1)
-    turned = lambda form: [y.transpose(0, 1) for y in form]  # noqa: E731
-    for form in (one, wide):
-        found = everything(lambda *given, form=form: turned(form(*given)), [f, i, state])
-        found[0] = found[0].transpose(0, 1)
-        assert_equal(found, wanted)
+@given(st.integers(1, 40), st.integers(1, 45))
+def test_any_width_is_the_loop(length, width):
+    inputs = parts(length)
+    assert_equal(everything(scan, inputs, width=width), everything(scan_reference, inputs))
+
+
+def test_a_state_keeps_itself_alone():
+    _, last = scan(*parts(50))
+    assert last.untyped_storage().nbytes() == last.nbytes
 
 
 def test_gradients_are_those_of_differences():

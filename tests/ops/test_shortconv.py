@@ -38,6 +38,7 @@ def test_any_cut_is_torch_s_convolution_of_the_whole(length, width, cut):
     y = torch.cat(found, 1)
     torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
     assert torch.equal(carried, torch.cat([tail, x], 1)[:, length:])
+    assert carried.untyped_storage().nbytes() == carried.nbytes  # it keeps itself alone
     grads = torch.autograd.grad((y * weights).sum(), inputs)
     for got, want in zip(grads, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

@@ -6,7 +6,9 @@ Shapes, signatures and what `lengths` does are those of `everlong.ops.dplr`.
 import torch
 from torch import Tensor
 
-from everlong.ops.dplr import CHUNK, carry, carry_sums, chunked, pairs, prepare, solve, whole
+from everlong.ops.chunks import CHUNK, carry, carry_sums, chunked, pairs, prepare, solve, whole
+from everlong.ops.dplr import dplr_reference
+from everlong.ops.ragged import expand_like
 
 
 def linear_attention(
@@ -25,6 +27,8 @@ def linear_attention(
     GLA, HGRN2 (arXiv 2404.07904).
     """
     length, dtype = v.shape[1], v.dtype
+    if length == 1:  # a chunk of one position is the loop
+        return dplr_reference(q, k, v, g, None, state, lengths=lengths)
     with torch.autocast(v.device.type, enabled=False):
         state, parts = prepare([q, k, v, g], state, lengths)
         q, k, v, g = (chunked(part, chunk_size) for part in parts)
@@ -54,6 +58,11 @@ def delta_rule(
     length, dtype = v.shape[1], v.dtype
     with torch.autocast(v.device.type, enabled=False):
         state, parts = prepare([q, k, v, g, beta], state, lengths)
+        if length == 1:
+            q, k, v, g, beta = parts
+            low_rank = expand_like(g, k).exp() * k, -beta[..., None] * k
+            o, state = dplr_reference(q, k, beta[..., None] * v, g, low_rank, state)
+            return o.to(dtype), state
         q, k, v, g, beta = (chunked(part, chunk_size) for part in parts)
         (kk, qk), into, out, total = pairs((k, q), (k,), g)
         u, w = solve(beta * kk, beta * v, -beta * into * k)

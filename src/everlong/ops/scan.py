@@ -1,7 +1,6 @@
-"""The first-order scan h_t = f_t * h_{t-1} + i_t, and the engine under it for tensors of any shape.
+"""The first-order scan h_t = f_t * h_{t-1} + i_t, the recurrence of HGRN (arXiv 2311.04823).
 
-B batch, T time, D width, W positions of a chunk. This is the recurrence of HGRN (Qin et al.,
-arXiv 2311.04823, eq. 3), and of the states between the chunks of linear attention.
+B batch, T time, D width.
 """
 
 import math
@@ -29,34 +28,29 @@ def scan_reference(
 
 
 def scan(
-    f: Tensor, i: Tensor, state: Tensor, lengths: Tensor | None = None
+    f: Tensor, i: Tensor, state: Tensor, lengths: Tensor | None = None, *, width: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """h_t = f_t * h_{t-1} + i_t for all t: f, i [B, T, D], state h_0 [B, D] -> h [B, T, D], h_T.
 
-    Position j of all chunks of about sqrt(T) positions is computed at once, then what enters each
-    chunk is carried over them: nothing is divided by a product of decays, so f may be 0. With
-    `lengths` Int [B], positions behind a row's length neither decay nor write (their h is the last
-    state). Results are float32 at least; gradients are of first order.
+    Position j of all chunks of `width` positions (sqrt(T) by default) is computed at once, then
+    what enters each chunk is carried over them: nothing is divided by a product of decays, so f may
+    be 0. With `lengths` Int [B], positions behind a row's length neither decay nor write (their h
+    is the last state). Results are float32 at least; gradients are of first order.
     """
+    length = i.shape[1]
+    if length == 1:
+        return scan_reference(f, i, state, lengths)
     f, i, state = _real(f, i, state, lengths)
-    h = recur(f.transpose(0, 1), i.transpose(0, 1), state, math.isqrt(i.shape[1]))
-    return h.transpose(0, 1), h[-1]
-
-
-def recur(f: Tensor, i: Tensor, start: Tensor, width: int | None = None) -> Tensor:
-    """The scan along the first dimension: i [T, ...], f [T, ...] of i's shape or broadcasting to
-    it, start [...] -> h [T, ...]. In chunks of `width` positions; None for one chunk, which is
-    best where a position holds thousands of numbers."""
-    length = i.shape[0]
-    width = min(width or length, length)
-    padding = (0, 0) * (i.dim() - 1) + (0, -length % width)
-    found: Any = _Scan.apply(F.pad(f, padding), F.pad(i, padding), start, width)
-    return found[:length]
+    width = min(width or math.isqrt(length), length)
+    f, i = (F.pad(x, (0, 0, 0, -length % width)).transpose(0, 1) for x in (f, i))
+    found: Any = _Scan.apply(f, i, state, width)
+    h = found[:length]
+    return h.transpose(0, 1), h[-1].clone()  # which must not keep all of h
 
 
 class _Scan(torch.autograd.Function):
-    """T is a multiple of width. Backwards it is the same scan from the other end: the gradient by
-    each h passes the decay of the position behind it."""
+    """f, i [T, B, D], T a multiple of width. Backwards it is the same scan from the other end: the
+    gradient by each h passes the decay of the position behind it."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -77,7 +71,7 @@ class _Scan(torch.autograd.Function):
         _recur(*places, torch.zeros_like(start), backwards=True)
         by_f = None
         if ctx.needs_input_grad[0]:
-            by_f = (grad * torch.cat([start[None], h[:-1]])).sum_to_size(f.shape)
+            by_f = grad * torch.cat([start[None], h[:-1]])
         return by_f, grad, f[0] * grad[0], None
 
 

@@ -32,15 +32,15 @@ def short_convolution(
     y: Any = _Convolution.apply(seen, weight)
     y = y if bias is None else y + bias
     if lengths is None:
-        return y, seen[:, length:]
+        return y, seen[:, length:].clone()  # which must not keep all that was seen
     places = lengths[:, None] + torch.arange(width - 1, device=x.device)
     index = expand_like(places, x).expand(-1, -1, x.shape[-1])
     return y, seen.gather(1, index)
 
 
 class _Convolution(torch.autograd.Function):
-    """seen [B, T + W - 1, D], weight [D, W] -> [B, T, D]: W products of the tensor as it lies, where
-    a library's convolution would turn it around first, and back."""
+    """seen [B, T + W - 1, D], weight [D, W] -> [B, T, D]: W products of the tensor as it lies;
+    torch's convolution would turn it around first, and back."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:

@@ -448,3 +448,14 @@ def test_hooks_are_gone_when_a_read_fails(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         model(ids_of(1, 3))
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in decoder.modules())
+
+
+@pytest.mark.parametrize("memory", ["rmt", "hmt", "armt"])
+def test_fresh_memory_tokens_have_the_size_of_the_decoders_embeddings(memory):
+    base = make_backbone("gemma3")
+    with torch.no_grad():
+        base.get_input_embeddings().weight.mul_(7)
+    embeddings = base.get_input_embeddings()(torch.arange(base.config.vocab_size)).detach()
+    model = everlong.extend(base, memory, **memory_entry(memory).small)
+    tokens = torch.cat([each.flatten() for each in model.body.memory.learned_tokens()]).detach()
+    assert float(tokens.std() / embeddings.std()) == pytest.approx(1, abs=0.4)

@@ -17,6 +17,7 @@ from everlong import registry
 from everlong.models.decoders import Head, cache_shapes, check_decoder
 from everlong.models.hub import StreamForCausalLM
 from everlong.models.pretrained import PretrainedCore
+from everlong.segments.clock import SegmentMemory
 from everlong.stack import Stack, StackConfig, Taps
 from everlong.state import State
 from everlong.stateful import Stateful, Trace
@@ -48,7 +49,7 @@ class ExtendedBody(Stateful):
     """Ids [B, T] (or embeddings [B, T, D]) -> hidden states [B, T, D]: the decoder's embedding, and
     the memory around the decoder. The state is the memory's."""
 
-    def __init__(self, memory: Stateful):
+    def __init__(self, memory: SegmentMemory):
         super().__init__()
         self.memory, self.period = memory, memory.period
 
@@ -182,8 +183,7 @@ def extend(
     extended = ExtendedForCausalLM(_config(base, name, options), base)
     weight = cast(nn.Embedding, base.get_input_embeddings()).weight
     extended.to(device=weight.device, dtype=weight.dtype)  # pyright: ignore
-    if extended.core.prefix is not None:
-        extended.core.prefix.resemble(weight)
+    _resemble(extended)
     _check(extended, base)
     if not adapted:
         base.requires_grad_(train == "all")
@@ -239,7 +239,7 @@ def _needs(entry: registry.Entry, config: Any) -> tuple[int, int]:
     return core.config.capacity, config.num_slots if reads else 0
 
 
-def build_memory(config: ExtendedConfig, decoder: PreTrainedModel) -> Stateful:
+def build_memory(config: ExtendedConfig, decoder: PreTrainedModel) -> SegmentMemory:
     """The memory of a config, around this decoder."""
     options = {key: value for key, value in config.memory.items() if key != "name"}
     entry = registry.memory_entry(config.memory["name"])
@@ -272,6 +272,18 @@ def _shared_names(module: nn.Module) -> dict[str, str]:
         if first.setdefault(id(parameter), name) != name:
             found[name] = first[id(parameter)]
     return found
+
+
+@torch.no_grad()
+def _resemble(extended: ExtendedForCausalLM) -> None:
+    """What the memory lets the decoder read starts at the size of the decoder's embeddings."""
+    embed = cast(nn.Embedding, extended.get_input_embeddings())
+    ids = torch.arange(min(len(embed.weight), 4096), device=embed.weight.device)
+    embeddings = embed(ids).float()  # some decoders scale them here
+    if extended.core.prefix is not None:
+        extended.core.prefix.resemble(embeddings)
+    for tokens in cast(ExtendedBody, extended.body).memory.learned_tokens():
+        tokens.normal_(std=float(embeddings.std()))
 
 
 @torch.no_grad()

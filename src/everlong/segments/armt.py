@@ -140,6 +140,9 @@ class ARMT(SegmentMemory):
     def make_core(cls, config: ARMTConfig, stack: StackConfig) -> Stack:
         return Stack(replace(stack, capacity=config.segment_length + config.num_slots))
 
+    def learned_tokens(self) -> list[Tensor]:
+        return [self.tokens]
+
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         device, dtype = self._defaults(device, dtype)
         exact = torch.promote_types(dtype, torch.float32)

@@ -33,6 +33,14 @@ class SegmentMemory(Stateful):
         """
         return Stack(replace(stack, capacity=config.segment_length))
 
+    def learned_tokens(self) -> list[Tensor]:
+        """Parameters [n, D] that the core reads as it reads embeddings.
+
+        They start normal with the standard deviation of our decoder's embeddings, 1 / sqrt(D);
+        around a pretrained decoder, with that of its own.
+        """
+        return []
+
     def span(
         self,
         x: Tensor,

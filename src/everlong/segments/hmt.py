@@ -132,6 +132,9 @@ class HMT(SegmentMemory):
     def make_core(cls, config: HMTConfig, stack: StackConfig) -> Stack:
         return Stack(replace(stack, capacity=config.segment_length + config.sensory + 2))
 
+    def learned_tokens(self) -> list[Tensor]:
+        return [self.memory, self.prompt] if self.config.recall else [self.memory]
+
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         device, dtype = self._defaults(device, dtype)
         memory = self.memory.to(device, torch.promote_types(dtype, torch.float32))

@@ -103,6 +103,9 @@ class RMT(SegmentMemory):
     def make_core(cls, config: RMTConfig, stack: StackConfig) -> Stack:
         return Stack(replace(stack, capacity=config.capacity))
 
+    def learned_tokens(self) -> list[Tensor]:
+        return [self.memory]
+
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         device, dtype = self._defaults(device, dtype)
         memory = self.memory.to(device, torch.promote_types(dtype, torch.float32))

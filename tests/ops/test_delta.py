@@ -102,3 +102,13 @@ def test_reflections_and_strong_decay_over_4096_positions(channels):
             assert error < 1e-3
     wanted = everything(general(dplr_reference), [*(p[:, :100] for p in inputs[:-1]), state])
     assert_equal(everything(delta_rule, [*(p[:, :100] for p in inputs[:-1]), state]), wanted)
+
+
+def test_transformers_computes_the_same():
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    q, k, v, g, beta, state = (part.float() for part in inputs_of(delta_rule, 75))
+    wanted = torch_chunk_gated_delta_rule(
+        q, k, v, g, beta, initial_state=state, output_final_state=True
+    )
+    assert_equal(delta_rule(q * K**-0.5, k, v, g, beta, state), wanted, 1e-5)

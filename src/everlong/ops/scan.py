@@ -56,7 +56,7 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Any:
         f, i, start, width = inputs
         h = i.clone(memory_format=torch.contiguous_format)
-        _recur(_places(f, width), _places(h, width), start)
+        recur(places(f, width), places(h, width), start)
         ctx.save_for_backward(f, h, start)
         ctx.width = width
         return h
@@ -67,8 +67,8 @@ class _Scan(torch.autograd.Function):
         f, h, start = ctx.saved_tensors
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         behind = torch.cat([f[1:], torch.ones_like(f[:1])])
-        places = _places(behind, ctx.width), _places(grad, ctx.width)
-        _recur(*places, torch.zeros_like(start), backwards=True)
+        decays, drives = places(behind, ctx.width), places(grad, ctx.width)
+        recur(decays, drives, torch.zeros_like(start), backwards=True)
         by_f = None
         if ctx.needs_input_grad[0]:
             by_f = grad * torch.cat([start[None], h[:-1]])
@@ -87,16 +87,16 @@ def _real(
     return f, i, state
 
 
-def _places(x: Tensor, width: int) -> list[Tensor]:
+def places(x: Tensor, width: int) -> list[Tensor]:
     """[T, ...] -> place j of every chunk, [T / width, ...] for each j; views."""
     return list(x.unflatten(0, (-1, width)).unbind(1))
 
 
-def _recur(
+def recur(
     decays: list[Tensor], drives: list[Tensor], start: Tensor, backwards: bool = False
 ) -> None:
-    """Places of chunks: the scan written over the drives, `start` before the first position, or
-    with `backwards` behind the last."""
+    """The scan over `places` of chunks, written over those of the drives: `start` stands before the
+    first position, or with `backwards` behind the last."""
     order = slice(None, None, -1) if backwards else slice(None)
     decays, drives = decays[order], drives[order]
     chunks = len(drives[0])

@@ -39,8 +39,7 @@ def dplr_reference(
     dtype, outputs = v.dtype, []
     with torch.autocast(v.device.type, enabled=False):
         state, parts = prepare([q, k, v, g, *(low_rank or ())], state, lengths)
-        for t in range(v.shape[1]):
-            q_t, k_t, v_t, g_t, *rest = (part[:, t] for part in parts)
+        for q_t, k_t, v_t, g_t, *rest in zip(*(part.unbind(1) for part in parts), strict=True):
             kept = expand_like(g_t.exp(), state) * state
             if rest:
                 a_t, b_t = rest

@@ -21,8 +21,8 @@ def scan_reference(
     """Position by position, the definition of `scan`."""
     f, i, state = _real(f, i, state, lengths)
     outputs = []
-    for t in range(i.shape[1]):
-        state = f[:, t] * state + i[:, t]
+    for f_t, i_t in zip(f.unbind(1), i.unbind(1), strict=True):
+        state = f_t * state + i_t
         outputs.append(state)
     return torch.stack(outputs, 1), state
 

@@ -140,29 +140,33 @@ def train(name: str, task: CopyFirstConfig, run: DelayedRun, seed: int) -> Everl
 
 
 @torch.no_grad()
-def accuracy(model: EverlongForCausalLM, delay: int, run: DelayedRun, seed: int) -> float:
-    """Share of held-out items of this delay that are answered."""
+def accuracy(
+    model: EverlongForCausalLM, delay: int, run: DelayedRun, seed: int
+) -> tuple[float, float]:
+    """Shares of held-out items of this delay: answered, and with finite logits at the query."""
     task = CopyFirstConfig(min_delay=delay, max_delay=delay)
     batch = make_batch(task, seed + _HELD_OUT, range(run.test_items))
     state = fresh_state(model, _HELD_OUT, run.test_items)
     logits, _ = model.stream(batch.inputs, state, batch.mask)
-    return float(batch.correct(logits).float().mean())
+    finite = logits[:, delay + 1].isfinite().all(-1)  # one query place: all items are as long
+    return float((batch.correct(logits) & finite).float().mean()), float(finite.float().mean())
 
 
 def measure(
     config: DelayedRun, seeds: Sequence[int], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Every subject over the seeds: rows of name, seed, delay, accuracy; `say` is told of each."""
+    """Every subject over the seeds: rows of name, seed, delay, accuracy and finite (the share of
+    items whose answer did not overflow); `say` is told of each training."""
     rows, task = [], CopyFirstConfig(max_delay=config.train_delay)
     for name in SUBJECTS:
         for seed in seeds:
             model = train(name, task, config, seed)
             found = {delay: accuracy(model, delay, config, seed) for delay in config.delays}
-            scores = ", ".join(f"{value:.3f} at {delay}" for delay, value in found.items())
+            scores = ", ".join(f"{value:.3f} at {delay}" for delay, (value, _) in found.items())
             say(f"{name}, seed {seed}: {scores}")
             rows += [
-                {"name": name, "seed": seed, "delay": delay, "accuracy": value}
-                for delay, value in found.items()
+                {"name": name, "seed": seed, "delay": delay, "accuracy": value, "finite": finite}
+                for delay, (value, finite) in found.items()
             ]
     return rows
 

@@ -6,13 +6,14 @@ B batch, T time, V rows (values), K columns (keys). Both forms take theta [B, T,
 at a position leave the memory as it is, bit for bit.
 """
 
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from everlong.ops.scan import places, recur
 
 
 def hadamard_reference(
@@ -68,7 +69,7 @@ class _Scan(torch.autograd.Function):
         for theta, c, v, k, q in _blocks(parts, block):
             starts.append(memory)
             states = _outer(v, k)
-            _recur(_places(_calibration(theta, c), width), _places(states, width), memory)
+            recur(places(_calibration(theta, c), width), places(states, width), memory)
             outputs.append(_times(states, q))
             memory = states[-1].clone()
         ctx.save_for_backward(*parts, *starts)
@@ -87,12 +88,12 @@ class _Scan(torch.autograd.Function):
             for (theta, c, v, k, q, dy), start in reversed(list(pieces)):
                 gate = _calibration(theta, c)
                 states = _outer(v, k)
-                first, *others = gates = _places(gate, width)
-                _recur(gates, _places(states, width), start)
+                first, *others = gates = places(gate, width)
+                recur(gates, places(states, width), start)
                 # the gradient by each memory passes the calibration of the position behind it
                 others.append(torch.cat([first[1:], torch.ones_like(first[:1])]))
                 grad = _outer(dy, q)
-                _recur(others, _places(grad, width), carried, backwards=True)
+                recur(others, places(grad, width), carried, backwards=True)
                 carried = gate[0] * grad[0]
                 dv, dk = _times(grad, k), _times_left(v, grad)
                 dq = _times_left(dy, states)
@@ -126,31 +127,3 @@ def _times(matrix: Tensor, b: Tensor) -> Tensor:
 def _times_left(a: Tensor, matrix: Tensor) -> Tensor:
     """[..., V] by [..., V, K] -> [..., K]."""
     return (a[..., None, :] @ matrix).squeeze(-2)
-
-
-def _places(x: Tensor, width: int) -> list[Tensor]:
-    """[T, ...] -> place i of every chunk, [T / width, ...] for each i; views."""
-    return list(x.unflatten(0, (-1, width)).unbind(1))
-
-
-def _recur(
-    decays: list[Tensor], drives: list[Tensor], start: Tensor, backwards: bool = False
-) -> None:
-    """s_t = decay_t * s_{t-1} + drive_t with `start` before the first, written over the drives;
-    `backwards` from the last position to the first. Both lists hold places of chunks."""
-    order = slice(None, None, -1) if backwards else slice(None)
-    decays, drives = decays[order], drives[order]
-    chunks = len(drives[0])
-    if chunks == 1:
-        drives[0].addcmul_(decays[0], start)
-    for (before, here), decay in zip(pairwise(drives), decays[1:], strict=True):
-        here.addcmul_(decay, before)
-    if chunks == 1:
-        return
-    products = list(accumulate(decays, torch.mul))
-    entering = [start]
-    for chunk in range(chunks)[order][:-1]:
-        entering.append(torch.addcmul(drives[-1][chunk], products[-1][chunk], entering[-1]))
-    carried = torch.stack(entering[order])
-    for here, product in zip(drives, products, strict=True):
-        here.addcmul_(product, carried)

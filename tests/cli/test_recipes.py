@@ -95,10 +95,12 @@ def test_a_family_is_compared_on_the_recall_task_and_what_is_finished_is_kept(ca
 
 def test_memories_are_compared_on_a_text_at_equal_parameters(call, tmp_path):
     changes = [change for change in TINY if not change.startswith("model.num_layers")]
-    words = ("bench", "language", "memformer", "no_memory", "sliding_attention", "--seeds", "0")
+    words = ("bench", "language", "memformer", "no_memory", "sliding_attention")
+    words = (*words, "--seeds", "0", "--seeds", "1")
     code, _, err = call(*words, "--out", tmp_path, *sets(*changes))
     assert code == 0, err
     found = json.loads((tmp_path / "language.json").read_text())
+    assert [row["seed"] for row in found["rows"]] == [0, 0, 0, 1, 1, 1]
     rows = {row["name"]: row for row in found["rows"]}
     assert set(rows) == {"memformer", "no_memory", "sliding_attention"}
     sizes = [row["parameters"] for row in rows.values()]

@@ -81,7 +81,7 @@ def copy(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench")) 
     Parameters
     ----------
     seeds
-        One training each, of every subject.
+        One training each, of every subject; --seeds 0 --seeds 1 for two.
     out
         The folder that copy.json is written to.
     """
@@ -102,7 +102,7 @@ def delayed(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench"
     Parameters
     ----------
     seeds
-        One training each, of every subject.
+        One training each, of every subject; --seeds 0 --seeds 1 for two.
     out
         The folder that delayed.json is written to.
     """
@@ -138,7 +138,7 @@ def language(
     changes
         section.key=value, over what the recipe says; may be repeated.
     seeds
-        One training each.
+        One training each; --seeds 0 --seeds 1 for two.
     out
         The folder that language.json and language.png are written to, beside the runs.
     """

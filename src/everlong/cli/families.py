@@ -8,7 +8,7 @@ from pathlib import Path
 from everlong import recipes
 from everlong.cli.prepare import build, load_texts, model_config
 from everlong.cli.progress import console
-from everlong.errors import UserError
+from everlong.errors import Interrupted, UserError
 from everlong.evaluation import families
 from everlong.models.sizing import with_parameters
 from everlong.recipes import Recipe
@@ -41,7 +41,12 @@ def bench_language(
         for name, config in configs.items():
             options = replace(shared, seed=seed)
             folder = out / "language" / f"{name}-{seed}"
-            row = families.measure(name, config, (texts.train, texts.validation), options, folder)
+            try:
+                both = texts.train, texts.validation
+                row = families.measure(name, config, both, options, folder)
+            except Interrupted as stop:
+                again = "the same command"
+                raise Interrupted(stop.exit_code - 128, stop.step, again) from None
             say(f"{name}, seed {seed}: {row['bits_per_byte']:.3f} bits per byte")
             rows.append(row)
     _table(rows)

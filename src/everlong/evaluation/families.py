@@ -3,6 +3,7 @@
 S tokens of a segment.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from everlong.training.config import TrainConfig
 from everlong.training.loop import train
 from everlong.training.run import read_metrics
 
+_NOT_THE_MODEL = ("architectures", "dtype", "transformers_version")
 _STREAMED = 40  # segments after which a growing state is quoted
 Row = dict[str, Any]
 
@@ -40,7 +42,9 @@ def measure(
 
     A run that was stopped goes on. `UserError` for a folder that holds another configuration's.
     """
-    described = {"model": config.to_dict(), "train": asdict(options)}
+    named = config.to_diff_dict()
+    model = {key: value for key, value in named.items() if key not in _NOT_THE_MODEL}
+    described = {"model": model, "train": asdict(options)}
     return cell(
         folder / "cell.json", described, lambda: _measure(name, config, texts, options, folder)
     )
@@ -53,7 +57,7 @@ def _measure(
     options: TrainConfig,
     folder: Path,
 ) -> Row:
-    model = build(config, options.seed)
+    model = build(copy.deepcopy(config), options.seed)  # saving a model writes into its config
     started = bool(checkpoints.steps(folder)) if folder.exists() else False
     train(model, texts[0], None, options, folder, resume=folder if started else None)
     length = options.segment_length

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,12 @@ def environment() -> dict[str, str]:
     return found
 
 
+@cache
 def git_sha() -> str | None:
-    """The commit of the checkout this package lies in, with + where files have changed."""
+    """The commit of the checkout this package lies in, with + where files have changed.
+
+    That of the first call: a long benchmark asks before it starts, for the code it runs is loaded.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -4,10 +4,13 @@ import json
 
 import pytest
 
+import everlong
 from cli.tiny import TINY, sets, small_memory
 from everlong import recipes
+from everlong.cli.families import _contender
 from everlong.cli.prepare import build, load_texts, model_config, twin_config
 from everlong.evaluation.recall import FAMILIES
+from everlong.registry import memory_entry
 from everlong.training.config import TrainConfig
 
 TEXTS = [name for name in recipes.shipped() if not recipes.load(name).task]
@@ -116,9 +119,30 @@ def test_memories_are_compared_on_a_text_at_equal_parameters(call, tmp_path):
     before = cell.stat().st_mtime_ns
     assert call(*words, "--out", tmp_path, *sets(*changes))[0] == 0
     assert cell.stat().st_mtime_ns == before
-    code, _, err = call(*words, "--out", tmp_path, *sets(*changes, "train.learning_rate=1e-4"))
-    assert code == 2
-    assert "other options" in err
+    for change in ("train.learning_rate=1e-4", "data.validation=0.003"):
+        code, _, err = call(*words, "--out", tmp_path, *sets(*changes, change))
+        assert code == 2
+        assert "other options" in err
+
+
+@pytest.mark.parametrize("name", everlong.list_memories())
+def test_a_memory_is_compared_with_segments_of_the_training(name):
+    base = recipes.load(
+        "families", ["train.segment_length=32", "model.segment.num_slots=8", "model.hidden_size=64"]
+    )
+    model = _contender(base, name).model
+    options = {**model.get("segment", {}), **model.get("mixers", {}).get(name, {})}
+    fields = memory_entry(name).fields
+    assert model["hidden_size"] == 64
+    assert options.get("segment_length") == (32 if "segment_length" in fields else None)
+    assert options.get("num_slots") == (8 if "num_slots" in fields else None)
+
+
+def test_seeds_are_whole_numbers_from_zero(call):
+    for bench in ("copy", "delayed", "language"):
+        code, _, err = call("bench", bench, "--seeds", "-1")
+        assert code == 2
+        assert "seeds" in err
 
 
 def test_a_recipe_of_ones_own_starts_from_a_shipped_one(tmp_path):

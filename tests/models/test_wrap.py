@@ -459,3 +459,22 @@ def test_fresh_memory_tokens_have_the_size_of_the_decoders_embeddings(memory):
     model = everlong.extend(base, memory, **memory_entry(memory).small)
     tokens = torch.cat([each.flatten() for each in model.body.memory.learned_tokens()]).detach()
     assert float(tokens.std() / embeddings.std()) == pytest.approx(1, abs=0.4)
+
+
+@pytest.mark.parametrize("train", ["memory", "all"])
+def test_what_trains_is_remembered_by_a_folder(train, tmp_path):
+    model = everlong.extend(make_backbone("gpt2"), "rmt", train=train, **MEMORIES["rmt"])
+    wanted = {name: each.requires_grad for name, each in model.named_parameters()}
+    assert all(wanted.values()) is (train == "all")
+    model.save_pretrained(tmp_path)
+    for loader in (ExtendedForCausalLM, AutoModelForCausalLM):
+        loaded = loader.from_pretrained(tmp_path)
+        assert {name: each.requires_grad for name, each in loaded.named_parameters()} == wanted
+
+
+def test_refusals_name_only_what_would_do():
+    for name in ("lamemo", "transformer_xl"):
+        with pytest.raises(ValueError, match="choose from armt, hmt, memformer, no_memory, rmt"):
+            everlong.extend(make_backbone("gpt2"), name)
+    with pytest.raises(ValueError, match="has a memory already"):
+        everlong.extend(everlong.extend(make_backbone("gpt2"), "rmt", **MEMORIES["rmt"]), "rmt")

@@ -87,8 +87,11 @@ def copy(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench")) 
     """
     from everlong.cli.recall import accuracy_table
     from everlong.evaluation import copying
-    from everlong.evaluation.recall import summary
+    from everlong.evaluation.recall import check_counts, summary
+    from everlong.provenance import git_sha
 
+    git_sha()  # that of the code which is loaded now
+    check_counts("seeds", seeds)
     config = copying.CopyRun()
     rows = copying.measure(config, seeds, _say)
     accuracy_table(summary(rows, "symbols"), "symbols", "accuracy, by symbols of the source")
@@ -108,8 +111,11 @@ def delayed(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench"
     """
     from everlong.cli.recall import accuracy_table
     from everlong.evaluation import delayed as bench
-    from everlong.evaluation.recall import summary
+    from everlong.evaluation.recall import check_counts, summary
+    from everlong.provenance import git_sha
 
+    git_sha()  # that of the code which is loaded now
+    check_counts("seeds", seeds)
     config = bench.DelayedRun()
     rows = bench.measure(config, seeds, _say)
     accuracy_table(summary(rows, "delay"), "delay", "accuracy, by delay in tokens")

@@ -10,8 +10,10 @@ from everlong.cli.prepare import build, load_texts, model_config
 from everlong.cli.progress import console
 from everlong.errors import Interrupted, UserError
 from everlong.evaluation import families
+from everlong.evaluation.recall import check_counts
 from everlong.models.sizing import with_parameters
-from everlong.recipes import Recipe
+from everlong.provenance import git_sha
+from everlong.recipes import Recipe, Table
 from everlong.registry import list_memories, memory_entry
 from everlong.training.config import TrainConfig
 
@@ -26,24 +28,26 @@ def bench_language(
     """Train what is missing in `out`, then the table, the JSON and the picture."""
     if recipe.task:
         raise UserError(f"{recipe.origin} trains on a generated task: name one that reads a text")
+    git_sha()  # that of the code which is loaded now
+    check_counts("seeds", tuple(seeds))
     texts = load_texts(recipe.data)
+    both = texts.train, texts.validation
     first = model_config(recipe, texts)
     wanted = build(first, 0).num_parameters()
     shared = TrainConfig(**recipe.train)
     if shared.segment_length is None:
         raise UserError(f"{recipe.origin}: give train.segment_length, the same for every memory")
-    names = names or list_memories()
+    names = tuple(dict.fromkeys(names)) or list_memories()
     configs = {}
     for name in names:
         configs[name] = with_parameters(model_config(_contender(recipe, name), texts), wanted)
     rows = []
-    for seed in seeds:
+    for seed in dict.fromkeys(seeds):
         for name, config in configs.items():
             options = replace(shared, seed=seed)
             folder = out / "language" / f"{name}-{seed}"
             try:
-                both = texts.train, texts.validation
-                row = families.measure(name, config, both, options, folder)
+                row = families.measure(name, config, recipe.data, both, options, folder)
             except Interrupted as stop:
                 again = "the same command"
                 raise Interrupted(stop.exit_code - 128, stop.step, again) from None
@@ -57,13 +61,34 @@ def bench_language(
 
 
 def _contender(base: Recipe, name: str) -> Recipe:
-    """`base` with what the memory's own recipe changes in the default model, or `--memory NAME`."""
-    memory_entry(name)
-    if name not in recipes.shipped():
-        return recipes.with_memory(base, name)
-    plain, own = recipes.load("default").model, recipes.load(name).model
-    changed = {key: value for key, value in own.items() if value != plain.get(key)}
-    return replace(base, origin=f"recipe {name!r}", model=base.model | changed)
+    """The memory's own recipe's model (or `--memory NAME` on the default), in the text and training
+    of `base`; what `base` changes of the default model is changed here too, where it can be.
+
+    Segments are as long as those of the training.
+    """
+    entry, default = memory_entry(name), recipes.load("default")
+    known = name in recipes.shipped()
+    own = (recipes.load(name) if known else recipes.with_memory(default, name)).model
+    plain, wanted = default.model, base.model
+    memory = _changes(plain.get("segment"), wanted.get("segment")) | {
+        "segment_length": base.train["segment_length"]
+    }
+    memory = {key: value for key, value in memory.items() if key in entry.fields}
+    model = own | {k: v for k, v in _changes(plain, wanted).items() if k not in _MEMORY}
+    if entry.room == "segments":
+        model["segment"] = {**own["segment"], **memory}
+    else:
+        mixers = own.get("mixers", {})
+        model["mixers"] = {**mixers, name: {**mixers.get(name, {}), **memory}}
+    return replace(base, origin=f"recipe {name!r}", model=model)
+
+
+_MEMORY = ("segment", "layers", "mixers")
+
+
+def _changes(before: Table | None, after: Table | None) -> Table:
+    before, after = before or {}, after or {}
+    return {k: v for k, v in after.items() if k != "name" and v != before.get(k)}
 
 
 def _table(rows: Sequence[families.Row]) -> None:

@@ -20,6 +20,7 @@ from everlong.evaluation.report import plot_scores
 from everlong.models.config import EverlongConfig
 from everlong.models.sizing import build
 from everlong.provenance import git_sha, write_results
+from everlong.recipes import Data
 from everlong.tasks.text import Documents
 from everlong.training import checkpoints
 from everlong.training.config import TrainConfig
@@ -34,17 +35,20 @@ Row = dict[str, Any]
 def measure(
     name: str,
     config: EverlongConfig,
+    data: Data,
     texts: tuple[Documents, Documents],
     options: TrainConfig,
     folder: Path,
 ) -> Row:
-    """Train on `texts[0]` in a run folder and score `texts[1]`; a finished cell is read back.
+    """Train on `texts[0]` in a run folder and score `texts[1]`; a finished cell is read
+    back. `data` says where the texts are from.
 
     A run that was stopped goes on. `UserError` for a folder that holds another configuration's.
     """
     named = config.to_diff_dict()
     model = {key: value for key, value in named.items() if key not in _NOT_THE_MODEL}
-    described = {"model": model, "train": asdict(options)}
+    sizes = [texts[0].num_bytes, texts[1].num_bytes]
+    described = {"model": model, "data": asdict(data), "bytes": sizes, "train": asdict(options)}
     return cell(
         folder / "cell.json", described, lambda: _measure(name, config, texts, options, folder)
     )

@@ -234,7 +234,10 @@ def accuracy(
 def measure(
     model: EverlongForCausalLM, task: RecallConfig, run: RecallRun, seed: int, wipe: bool = False
 ) -> dict[int, float]:
-    """Accuracy by number of distractor segments, on items the training never saw."""
+    """Accuracy by number of distractor segments, on another stream of items than the training's.
+
+    With no distractor there are few different items: what is asked there was also seen.
+    """
     found = {}
     for count in run.distractors:
         fixed = RecallConfig(**{**asdict(task), "min_distractors": count, "max_distractors": count})
@@ -277,9 +280,14 @@ def compare_family(
     on_result: Callable[[str, int, Mapping[str, float]], None],
 ) -> list[dict[str, Any]]:
     """`compare` for a family of memories; each training is a file in `folder`, made once."""
+    git_sha()  # that of the code which is loaded now
+    members = family_subjects(family, task, run)
+    with torch.device("meta"):
+        for subject in members.values():  # what cannot be built fails before anything is trained
+            build(subject, task, run, 0)
     rows = []
     for seed in seeds:
-        for name, subject in family_subjects(family, task, run).items():
+        for name, subject in members.items():
             config = {"task": asdict(task), "run": asdict(run), "subject": asdict(subject)}
 
             def result(subject: Subject = subject, seed: int = seed) -> Any:

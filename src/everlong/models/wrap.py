@@ -36,6 +36,7 @@ class ExtendedConfig(PreTrainedConfig):
     memory: dict[str, Any] = field(default_factory=dict)
     shapes: list[list[int]] = field(default_factory=list)
     ties: dict[str, str] = field(default_factory=dict)
+    train: str = "all"
     vocab_size: int = 0
     hidden_size: int = 0
     tie_word_embeddings: bool = False
@@ -43,6 +44,9 @@ class ExtendedConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+
+
+_HAS_ONE = ", which has a memory already"
 
 
 class ExtendedBody(Stateful):
@@ -141,6 +145,20 @@ class ExtendedForCausalLM(StreamForCausalLM):
         for name in absent:
             self.get_parameter_or_buffer(ours + name).copy_(_tensor(fresh, name))
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it; what `extend` froze is frozen again."""
+        found = super().from_pretrained(*args, **kwargs)
+        (found[0] if isinstance(found, tuple) else found).freeze()
+        return found
+
+    def freeze(self) -> None:
+        """Let train what `config.train` says: "memory", or "all"."""
+        if self.config.train == "memory":
+            self.requires_grad_(False)
+            for parameter in self.memory_parameters():
+                parameter.requires_grad_(True)
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         if any(".base_layer." in name for name, _ in self.named_parameters()):
             raise ValueError(
@@ -173,8 +191,8 @@ def extend(
     base: Any = model.get_base_model() if adapted else model  # pyright: ignore
     if not isinstance(base, PreTrainedModel) or isinstance(base, StreamForCausalLM):
         raise ValueError(
-            f"extend takes a pretrained causal language model of transformers, not a "
-            f"{type(base).__name__}"
+            f"extend takes a pretrained causal language model of transformers, not "
+            f"{type(base).__name__}{_HAS_ONE if isinstance(base, StreamForCausalLM) else ''}"
         )
     if base.get_output_embeddings() is None:
         raise ValueError(f"{type(base).__name__} has no language model head: load it for causal LM")
@@ -185,10 +203,13 @@ def extend(
     extended.to(device=weight.device, dtype=weight.dtype)  # pyright: ignore
     _resemble(extended)
     _check(extended, base)
-    if not adapted:
-        base.requires_grad_(train == "all")
-    for parameter in extended.memory_parameters():
-        parameter.requires_grad_(True)
+    if adapted:  # what is trained of the base is peft's choice
+        for parameter in extended.memory_parameters():
+            parameter.requires_grad_(True)
+    else:
+        extended.config.train = train
+        extended.requires_grad_(True)
+        extended.freeze()
     extended.generation_config = copy.deepcopy(base.generation_config)
     extended.generation_config.cache_implementation = None
     return extended.train(training)
@@ -202,7 +223,7 @@ def _config(model: PreTrainedModel, name: str, options: Mapping[str, Any]) -> Ex
     if entry.room != "segments":
         raise ValueError(
             f"{name} lives in {entry.room}/ and is no segment memory: choose from "
-            f"{', '.join(registry.list_memories(room='segments'))}"
+            f"{', '.join(_around_decoders())}"
         )
     width, heads = config.hidden_size, config.num_attention_heads
     heads = next(each for each in range(heads, 0, -1) if width % (2 * each) == 0)
@@ -225,6 +246,17 @@ def _config(model: PreTrainedModel, name: str, options: Mapping[str, Any]) -> Ex
     )
 
 
+def _around_decoders() -> list[str]:
+    """The segment memories whose core may be any stack."""
+    entries = map(registry.memory_entry, registry.list_memories(room="segments"))
+    plain = StackConfig(8, 1)
+    return [
+        each.name
+        for each in entries
+        if type(each.cls.make_core(each.config(8, 1, **each.small), plain)) is Stack
+    ]
+
+
 def _needs(entry: registry.Entry, config: Any) -> tuple[int, int]:
     """Positions that this memory's core reads between two wipes, and slots that its blocks read.
 
@@ -232,7 +264,10 @@ def _needs(entry: registry.Entry, config: Any) -> tuple[int, int]:
     with torch.device("meta"):
         core = entry.cls.make_core(config, StackConfig(config.hidden_size, config.num_heads))
     if type(core) is not Stack:
-        raise ValueError(f"{entry.name} brings its own layers and cannot go around a decoder")
+        raise ValueError(
+            f"{entry.name} brings its own layers and cannot go around a decoder: choose from "
+            f"{', '.join(_around_decoders())}"
+        )
     if core.config.capacity is None:
         raise ValueError(f"{entry.name} as configured never wipes its core: a decoder is wiped")
     reads = any(block.reader is not None for block in core.blocks)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from everlong.training.config import TrainConfig
 
 Results = dict[str, Any]
-LOOKS_AHEAD = " (published protocol: looks ahead, compare with no causal model)"
+LOOKS_AHEAD = " (looks ahead)"
 STREAMED = (10, 1000)  # segments after which the bytes of state are measured
 _PASSAGE, _SHOWN, _CONTINUED = 4096, 160, 320  # tokens read before, shown of them, made
 _SLICE = 1 << 16  # tokens of a document read at a time
@@ -44,6 +44,7 @@ def evaluate(
     if twin is not None:
         rows.append(_row("twin without a memory", twin, texts, length, run_dir / "twin"))
     found = {"steps": config.steps, "segment_length": length, "rows": rows}
+    found["cut"] = len(texts.validation) < _ROWS
     described = {"model": model.config.to_dict(), "train": asdict(config)}
     aside = run_dir / ".results.json.part"
     write_results(aside, "everlong train", described, **found)
@@ -129,7 +130,13 @@ def show(results: Results) -> None:
     own, *others = results["rows"]
     for other in others:
         gain = other["bits_per_byte"] - own["bits_per_byte"]
-        print(f"{gain:+.3f} bits per byte saved against: {other['name']}")
+        words = "less" if gain >= 0 else "more"
+        print(f"{abs(gain):.3f} bits per byte {words} than: {other['name']}")
+    if results.get("cut"):
+        print(
+            f"The text was cut into {_ROWS} pieces, each read from a fresh state; `everlong "
+            "evaluate` reads it whole."
+        )
 
 
 def continue_passage(model: Any, texts: "Texts") -> None:

@@ -82,6 +82,7 @@ def train(  # noqa: PLR0913 (a command's options)
         if memory is not None:
             chosen = recipes.with_memory(chosen, memory)
             recipes.check_kept(chosen, changes, memory)
+            out = out or _new_run(memory)
         plan = _fresh(chosen, data, tokenizer, device, out)
     if dry_run:
         from everlong.cli.estimate import print_estimate
@@ -234,7 +235,14 @@ def _loop(plan: Plan, model: Any, title: str, run_dir: Path | None = None) -> No
 def _announce(plan: Plan, model: Any) -> None:
     """What is about to run, on stderr."""
     from everlong.cli.prepare import device_of
+    from everlong.models.decoder import looks_ahead
 
+    if looks_ahead(model.config):
+        print(
+            "a published protocol that looks ahead inside a segment: its numbers compare with no "
+            "causal model's",
+            file=sys.stderr,
+        )
     device = device_of(plan.config)
     config, texts = plan.config, plan.texts
     assert config.segment_length is not None

@@ -138,7 +138,7 @@ def _stages(given: Any) -> tuple[tuple[int, int], ...]:
         if not all(type(number) is int and 0 < number < 2**63 for number in pair):
             raise UserError(
                 f"curriculum has the stage {stage!r}: give [steps, segments], two integers of at "
-                "least 1, for each stage"
+                "least 1, for each stage, such as [[100, 1], [100, 2]]"
             )
     return tuple((steps, segments) for steps, segments in stages)
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, ScalarFormatter
 
 from everlong.errors import UserError
 from everlong.training.run import read_metrics
@@ -56,47 +57,47 @@ def plot_curves(metrics: Path | str, png: Path | str) -> Path:
 
 
 def plot_scores(rows: Iterable[Mapping[str, Any]], png: Path) -> None:
-    """Bits per byte against bytes of state, a point a memory."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    """Bits per byte (lower is better) against bytes of state, a point a memory."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
-        axes.errorbar(row["state_bytes"], row["bits_per_byte"], row["interval"], fmt="o", capsize=3)
-        axes.annotate(
-            row["name"],
-            (row["state_bytes"], row["bits_per_byte"]),
-            xytext=(5, 5),
-            textcoords="offset points",
-            fontsize=8,
-        )
+        at = row["state_bytes"] / 1024, row["bits_per_byte"]
+        axes.errorbar(*at, row["interval"], fmt="o", capsize=3)
+        axes.annotate(row["name"], at, xytext=(5, 5), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
-    axes.set_xlabel("bytes of one stream's state")
-    axes.set_ylabel("bits per byte, validation text")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xlabel("one stream's state in KiB")
+    axes.set_ylabel("bits per byte of validation text: lower is better")
     axes.grid(alpha=0.3)
     figure.savefig(png, dpi=120)
 
 
 def plot_recall(rows: Iterable[Mapping[str, Any]], chance: float, png: Path) -> None:
-    """Accuracy with its interval against the number of distractors, a line a name."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    """Accuracy with its interval at each number of distractors, a line a name, side by side."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         lines.setdefault(row["name"], []).append(row)
+    counts = sorted({point["distractors"] for points in lines.values() for point in points})
     for index, (name, points) in enumerate(lines.items()):
+        aside = 0.5 * (index / max(1, len(lines) - 1) - 0.5)  # equal answers stay visible
         axes.errorbar(
-            [point["distractors"] for point in points],
+            [counts.index(point["distractors"]) + aside for point in points],
             [point["mean"] for point in points],
             [point["interval"] or 0 for point in points],
             label=name,
+            color=colormaps["tab20"](index % 20),
             marker="osv^D<>Pp*X"[index % 11],
-            linestyle=("-", "--")[index // 10 % 2],
+            linewidth=0.8,
             capsize=2,
-            markersize=5,
+            markersize=6,
         )
     axes.axhline(chance, color="tab:gray", linestyle=":", label="chance")
-    axes.set_ylim(0, 1.02)
+    axes.set_xticks(range(len(counts)), [str(count) for count in counts])
+    axes.set_ylim(0, 1.04)
     axes.set_xlabel("distractor segments between storing and asking")
-    axes.set_ylabel("accuracy on held-out items")
+    axes.set_ylabel("accuracy, mean and 95 % interval over seeds")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(png, dpi=120)

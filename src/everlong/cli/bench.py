@@ -138,7 +138,7 @@ def language(
     Parameters
     ----------
     names
-        Memories from `everlong list`; all of them if left out.
+        Memories from `everlong list`; all bounded ones if left out (the others cost more and more).
     recipe
         What the parameters of its model are matched to, the text, and the training.
     changes

@@ -37,7 +37,7 @@ def bench_language(
     shared = TrainConfig(**recipe.train)
     if shared.segment_length is None:
         raise UserError(f"{recipe.origin}: give train.segment_length, the same for every memory")
-    names = tuple(dict.fromkeys(names)) or list_memories()
+    names = tuple(dict.fromkeys(names)) or list_memories(bounded=True)
     configs = {}
     for name in names:
         configs[name] = with_parameters(model_config(_contender(recipe, name), texts), wanted)

@@ -8,7 +8,7 @@ from pathlib import Path
 from everlong import recipes
 from everlong.cli.prepare import build, load_texts, model_config
 from everlong.cli.progress import console
-from everlong.errors import Interrupted, UserError
+from everlong.errors import Diverged, Interrupted, UserError
 from everlong.evaluation import families
 from everlong.evaluation.recall import check_counts
 from everlong.models.sizing import with_parameters
@@ -41,22 +41,30 @@ def bench_language(
     configs = {}
     for name in names:
         configs[name] = with_parameters(model_config(_contender(recipe, name), texts), wanted)
-    rows = []
+    rows, diverged = [], []
     for seed in dict.fromkeys(seeds):
         for name, config in configs.items():
             options = replace(shared, seed=seed)
             folder = out / "language" / f"{name}-{seed}"
             try:
                 row = families.measure(name, config, recipe.data, both, options, folder)
+            except Diverged as error:
+                say(f"{name}, seed {seed}: {error}")
+                diverged.append({"name": name, "seed": seed, "error": str(error).split(";")[0]})
+                continue
             except Interrupted as stop:
                 again = "the same command"
                 raise Interrupted(stop.exit_code - 128, stop.step, again) from None
             say(f"{name}, seed {seed}: {row['bits_per_byte']:.3f} bits per byte")
             rows.append(row)
+    if not rows:
+        raise UserError("every training diverged: lower train.learning_rate")
     _table(rows)
+    for each in diverged:
+        print(f"{each['name']}, seed {each['seed']}: {each['error']}")
     about = {"recipe": recipe.table(), "models": {n: c.to_diff_dict() for n, c in configs.items()}}
     about = json.loads(json.dumps(about))
-    families.write(out / "language.json", about, rows, "everlong bench language")
+    families.write(out / "language.json", about, rows, diverged, "everlong bench language")
     print(f"{wanted:,} parameters, {len(seeds)} seeds; written to {out}")
 
 

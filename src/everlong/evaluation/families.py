@@ -120,8 +120,14 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     return sorted(found, key=lambda row: row["bits_per_byte"])
 
 
-def write(path: Path, config: Mapping[str, Any], rows: Sequence[Row], command: str) -> None:
-    """Rows and summary as JSON with provenance, and the picture beside it."""
+def write(
+    path: Path,
+    config: Mapping[str, Any],
+    rows: Sequence[Row],
+    diverged: Sequence[Row],
+    command: str,
+) -> None:
+    """Rows, summary and what diverged as JSON with provenance, and the picture beside it."""
     found = summary(rows)
-    write_results(path, command, config, summary=found, rows=list(rows))
+    write_results(path, command, config, summary=found, rows=list(rows), diverged=list(diverged))
     plot_scores(found, path.with_suffix(".png"))

@@ -1,6 +1,5 @@
 """`everlong bench language`: each memory's own model, one text, one training, equal parameters."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +62,6 @@ def bench_language(
     for each in diverged:
         print(f"{each['name']}, seed {each['seed']}: {each['error']}")
     about = {"recipe": recipe.table(), "models": {n: c.to_diff_dict() for n, c in configs.items()}}
-    about = json.loads(json.dumps(about))
     families.write(out / "language.json", about, rows, diverged, "everlong bench language")
     print(f"{wanted:,} parameters, {len(seeds)} seeds; written to {out}")
 

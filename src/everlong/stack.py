@@ -134,7 +134,8 @@ class Stack(Stateful):
         super().__init__()
         self.config, self.hidden_size = config, config.hidden_size
         blocks = [
-            Block(self._mixer(name), reader() if reader else None, config) for name in config.layers
+            Block(self._mixer(i, name), reader() if reader else None, config)
+            for i, name in enumerate(config.layers)
         ]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
@@ -142,7 +143,7 @@ class Stack(Stateful):
             for block in blocks:
                 block.feed_forward.down.weight.div_((2 * len(blocks)) ** 0.5)
 
-    def _mixer(self, name: str) -> Stateful:
+    def _mixer(self, index: int, name: str) -> Stateful:
         entry = registry.memory_entry(name)
         if entry.room != "mixers":
             raise ValueError(f"{name} lives in {entry.room}/ and cannot be a layer")
@@ -152,6 +153,8 @@ class Stack(Stateful):
         if not entry.bounded and self.config.capacity is not None:
             options["capacity"] = self.config.capacity
         options |= self.config.mixers.get(name, {})
+        if "layer_index" in entry.fields:
+            options |= {"layer_index": index, "num_layers": len(self.config.layers)}
         return registry.create_memory(name, hidden_size=self.config.hidden_size, **options)
 
     @property

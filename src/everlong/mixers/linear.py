@@ -1,0 +1,172 @@
+"""What the linear-attention layers share: one matrix a head, written by outer products.
+
+B batch, T time, D hidden_size, H heads, K key_size and V value_size (of a head), W conv_size.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from everlong import state as states
+from everlong.ops.delta import delta_rule, linear_attention
+from everlong.ops.shortconv import short_convolution
+from everlong.state import State
+from everlong.stateful import Stateful, Trace
+
+EPS = 1e-6  # inside every norm
+
+
+def check_sizes(config: Any, **least: int) -> None:
+    """`ValueError` unless every size is at least 1 (or what `least` says of it); None is a size
+    that is left to the memory."""
+    sizes = {"hidden_size": 1, "num_heads": 1, "key_size": 1, "value_size": 1, **least}
+    for name, bound in sizes.items():
+        value = getattr(config, name, None)
+        if value is not None and value < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value}")
+    if config.hidden_size < config.num_heads:
+        raise ValueError(
+            f"hidden_size {config.hidden_size} is too small for num_heads {config.num_heads}: "
+            "each head is at least 1 wide"
+        )
+    if getattr(config, "conv_size", 0) == 1:
+        raise ValueError("conv_size is 1: give 0 for no convolution, or at least 2 positions")
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length 1, float32 at least; a small eps keeps those near 0 finite."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)
+
+
+def reference(
+    memory: Stateful, x: Tensor, state: State | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, State]:
+    """The step form: one position a call, which the operators read by their definition; a masked
+    position leaves its row as it was."""
+    state = memory.init_state(x.shape[0]) if state is None else state
+    real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    outputs = []
+    for here, x_t in zip(real.unbind(1), x.split(1, 1), strict=True):
+        y, after = memory.run(x_t, state, None, None)
+        state = states.where(here, after, state)
+        outputs.append(torch.where(here[:, None, None], y, 0))
+    return torch.cat(outputs, 1), state
+
+
+class ShortConvolution(nn.Module):
+    """`ops.shortconv` with its weights [D, W], initialised as torch's convolutions; then SiLU."""
+
+    def __init__(self, width: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, size).uniform_(-1, 1) / math.sqrt(size))
+
+    def tail(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The inputs before a fresh stream: zeros [B, W - 1, D]."""
+        width, size = self.weight.shape
+        return torch.zeros((), device=device, dtype=dtype).expand(batch_size, size - 1, width)
+
+    def forward(self, x: Tensor, tail: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, after = short_convolution(x, self.weight, tail, lengths=lengths)
+        return F.silu(y), after.to(tail.dtype)
+
+
+class DecayGate(nn.Module):
+    """Log decays g = -exp(A_log) softplus(a + dt_bias), of Mamba2 (arXiv 2405.21060), one a head or
+    a channel: near 0 at the start. Neither parameter has weight decay."""
+
+    def __init__(self, num_heads: int, channels: int = 1, least: float = 1e-3):
+        super().__init__()
+        dt = torch.empty(num_heads, channels).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(least, 16).log())
+        self.dt_bias = nn.Parameter((dt + torch.log(-torch.expm1(-dt))).flatten())  # softplus^-1
+
+    def forward(self, a: Tensor) -> Tensor:
+        """a [..., H * channels] -> g [..., H] or [..., H, channels], float32 at least."""
+        exact = torch.promote_types(self.A_log.dtype, torch.float32)
+        rate = F.softplus(a.to(exact) + self.dt_bias.to(exact))
+        heads = len(self.A_log)
+        if rate.shape[-1] == heads:
+            return -self.A_log.to(exact).exp() * rate
+        return -self.A_log.to(exact).exp()[:, None] * rate.unflatten(-1, (heads, -1))
+
+
+class LinearMixer(Stateful):
+    """One matrix S [K, V] a head, decayed and written at every position, read by a query.
+
+    A subclass says what its queries, keys and values are (`vectors`), its log decay (`decay`) and
+    the strength of its delta rule (`strength`; None: plain sums). Outputs o = q S / sqrt(K) pass a
+    norm of each head, a gate where there is one, and the output map.
+
+    State: memory [B, H, K, V] (float32 at least, 0 in a fresh row); with a convolution its last
+    inputs, tail [B, W - 1, H (2 K + V)].
+    """
+
+    def __init__(
+        self, config: Any, key_size: int, value_size: int, *, conv_size: int = 0, gate: bool = True
+    ):
+        super().__init__()
+        width, heads = config.hidden_size, config.num_heads
+        self.config, self.hidden_size, self.num_heads = config, width, heads
+        self.sizes = key_size, value_size
+        total = heads * (2 * key_size + value_size)
+        self.qkv = nn.Linear(width, total, bias=False)
+        self.convolution = ShortConvolution(total, conv_size) if conv_size else None
+        self.norm = nn.RMSNorm(value_size, eps=EPS)
+        self.gate = nn.Linear(width, heads * value_size, bias=False) if gate else None
+        self.out = nn.Linear(heads * value_size, width, bias=False)
+
+    def vectors(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, ...]:
+        """What is read with and written, from the projections [B, T, H, K or V]."""
+        return q, k, v
+
+    def decay(self, x: Tensor) -> Tensor:
+        """The log decay g <= 0, [B, T, H] or [B, T, H, K]; none by default."""
+        return x.new_zeros(*x.shape[:2], self.num_heads)
+
+    def strength(self, x: Tensor) -> Tensor | None:
+        """beta [B, T, H] of the delta rule, or None."""
+        return None
+
+    def finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """o [B, T, H, V] -> [B, T, D]."""
+        y = self.norm(o.to(self.norm.weight.dtype)).flatten(2)
+        return self.out(y if self.gate is None else y * F.silu(self.gate(x)))
+
+    def init_state(self, batch_size, *, device=None, dtype=None) -> State:
+        device, dtype = self._defaults(device, dtype)
+        exact = torch.promote_types(dtype, torch.float32)
+        memory = torch.zeros((), device=device, dtype=exact)
+        state = {"memory": memory.expand(batch_size, self.num_heads, *self.sizes)}
+        if self.convolution is not None:
+            state["tail"] = self.convolution.tail(batch_size, device, dtype)
+        return state
+
+    def run(
+        self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
+    ) -> tuple[Tensor, State]:
+        qkv, after = self.qkv(x), dict(state)
+        if self.convolution is not None:
+            qkv, after["tail"] = self.convolution(qkv, state["tail"], lengths)
+        key, value = (self.num_heads * size for size in self.sizes)
+        parts = (
+            part.unflatten(-1, (self.num_heads, -1)) for part in qkv.split([key, key, value], -1)
+        )
+        q, k, v = self.vectors(*parts, state)
+        q, g, beta = q * self.sizes[0] ** -0.5, self.decay(x), self.strength(x)
+        if beta is None:
+            o, after["memory"] = linear_attention(q, k, v, g, state["memory"], lengths=lengths)
+        else:
+            o, after["memory"] = delta_rule(q, k, v, g, beta, state["memory"], lengths=lengths)
+        if "position" in after:
+            after["position"] = state["position"] + (x.shape[1] if lengths is None else lengths)
+        return self.finish(o, x), after
+
+    def reference(
+        self, x: Tensor, state: State | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """What `forward` equals: position by position, by the operator's definition."""
+        return reference(self, x, state, mask)

@@ -30,7 +30,8 @@ def small_memory(model):
         return [
             f"{at}.{key}={json.dumps(value)}" for key, value in memory_entry(name).small.items()
         ]
-    changes = ["train.segment_length=8"]
+    pattern = sum(int(item.partition("*")[2] or 1) for item in model["layers"])
+    changes = ["train.segment_length=8", f"model.num_layers={pattern}"]
     for name in dict.fromkeys(item.partition("*")[0] for item in model["layers"]):
         small = memory_entry(name).small.items()
         changes += [f"model.mixers.{name}.{key}={json.dumps(value)}" for key, value in small]

@@ -54,17 +54,22 @@ def evaluate(
 
 
 def _row(name: str, model: Any, texts: "Texts", length: int, run_dir: Path) -> dict[str, Any]:
-    from everlong.evaluation.cost import stream_bytes
+    from everlong.evaluation.cost import growing_bytes, stream_bytes
     from everlong.training.run import read_metrics
 
     speeds = [line["tokens_per_s"] for line in read_metrics(run_dir / "metrics.jsonl")]
     bounded = is_bounded(model.config)
     measured = STREAMED if bounded else STREAMED[:1]  # reading on costs more and more
+    growing = {}
+    if not bounded:
+        blocks = _blocks(model, texts, length)
+        growing["growing_bytes"] = stream_bytes(model, blocks, measured, growing_bytes)
     return {
         "name": name,
         "bits_per_byte": _bits(model, texts, length, wipe=False),
         "tokens_per_s": median(speeds) if speeds else None,
         "state_bytes": stream_bytes(model, _blocks(model, texts, length), measured),
+        **growing,
         "parameters": model.num_parameters(),
     }
 
@@ -122,6 +127,9 @@ def show(results: Results) -> None:
     for row in results["rows"]:
         states = {int(count): value for count, value in row.get("state_bytes", {}).items()}
         sizes = [f"{states[n]:,} B" if n in states else "grows" for n in STREAMED]
+        for count, grown in row.get("growing_bytes", {}).items():
+            kept = states[int(count)] - grown
+            sizes[STREAMED.index(int(count))] = f"{kept:,} B + {grown:,} B growing"
         known = "tokens_per_s" in row
         speed = f"{row['tokens_per_s']:,.0f}" if known and row["tokens_per_s"] else ""
         cells = (speed, *sizes, f"{row['parameters']:,}") if known else ("",) * 4

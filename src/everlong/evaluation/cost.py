@@ -49,9 +49,28 @@ def memory_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def growing_bytes(model: Any, state: Any) -> int:
+    """Of a language model's state, the bytes of the layers that keep more with every token.
+
+    The rest of `state.num_bytes` is what it holds for ever. A segment memory bounds, or does not,
+    all that it stands around.
+    """
+    config = model.config
+    if config.segment:
+        return 0 if memory_entry(config.segment["name"]).bounded else states.num_bytes(state)
+    layers = zip(config.layer_names, state["layers"], strict=True)
+    return sum(states.num_bytes(held) for name, held in layers if not memory_entry(name).bounded)
+
+
 @torch.inference_mode()
-def stream_bytes(model: Any, ids: Iterable[Tensor], segments: Iterable[int]) -> dict[int, int]:
-    """Bytes of state of a stream after so many segments, measured by streaming it.
+def stream_bytes(
+    model: Any,
+    ids: Iterable[Tensor],
+    segments: Iterable[int],
+    of: Callable[[Any, Any], int] = lambda _, state: states.num_bytes(state),
+) -> dict[int, int]:
+    """Bytes of state of a stream after so many segments, measured by streaming it; `of` other
+    bytes of (model, state), such as `growing_bytes`.
 
     `ids` gives Int [B, S] blocks, a segment each; reading stops at the largest of `segments`, or
     raises `ValueError` when the blocks end before it.
@@ -64,7 +83,7 @@ def stream_bytes(model: Any, ids: Iterable[Tensor], segments: Iterable[int]) -> 
             raise ValueError(f"the stream ended after {index - 1} segments of {wanted[-1]}")
         _, state = model.body_stream(block, state)
         if index in wanted:
-            found[index] = states.num_bytes(state)
+            found[index] = of(model, state)
     return found
 
 

@@ -11,7 +11,16 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from everlong.tasks import text
-from everlong.tasks.text import BOS, Document, Documents, encode, load_documents, split, tokenize
+from everlong.tasks.text import (
+    BOS,
+    Document,
+    Documents,
+    encode,
+    in_contexts,
+    load_documents,
+    split,
+    tokenize,
+)
 
 
 def in_memory(*contents: bytes) -> Documents:
@@ -262,3 +271,16 @@ def test_a_tokenizer_needs_offsets_and_a_first_token() -> None:
         tokenize(in_memory(b"a"), Slow())
     with pytest.raises(ValueError, match="bos"):
         tokenize(in_memory(b"a"), byte_level())
+
+
+def test_contexts_are_the_same_text_in_shorter_documents() -> None:
+    text = bytes(range(256)) * 3
+    documents = in_memory(text[:700], text[700:])
+    pieces = in_contexts(documents, 300)
+    assert pieces.lengths == [300, 300, 100, 68]
+    assert b"".join(map(content, pieces)) == text
+    assert pieces.num_bytes == len(text)
+    assert len(set(pieces.names)) == 4
+    assert in_contexts(documents, 1000).lengths == documents.lengths
+    with pytest.raises(ValueError, match="context is 0"):
+        in_contexts(documents, 0)

@@ -11,7 +11,15 @@ from everlong import EverlongConfig
 from everlong.errors import UserError
 from everlong.models.sizing import build, with_parameters
 from everlong.recipes import Data, Recipe
-from everlong.tasks.text import BOS, VOCAB_SIZE, Documents, load_documents, split, tokenize
+from everlong.tasks.text import (
+    BOS,
+    VOCAB_SIZE,
+    Documents,
+    in_contexts,
+    load_documents,
+    split,
+    tokenize,
+)
 from everlong.training.config import TrainConfig, choose_device
 
 
@@ -26,11 +34,13 @@ class Texts:
 
 def load_texts(data: Data) -> Texts:
     """Both sides of the split, as ids of the tokenizer if there is one."""
-    train, validation = split(load_documents(data.source), data.validation)
-    if not data.tokenizer:
-        return Texts(train, validation)
-    tokenizer = load_tokenizer(data.tokenizer)
-    return Texts(tokenize(train, tokenizer), tokenize(validation, tokenizer), tokenizer)
+    sides, tokenizer = split(load_documents(data.source), data.validation), None
+    if data.tokenizer:
+        tokenizer = load_tokenizer(data.tokenizer)
+        sides = (tokenize(side, tokenizer) for side in sides)
+    if data.context:
+        sides = (in_contexts(side, data.context) for side in sides)
+    return Texts(*sides, tokenizer)
 
 
 def load_tokenizer(path: str | Path) -> Any:

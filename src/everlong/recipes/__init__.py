@@ -21,11 +21,19 @@ _SECTIONS = ("model", "data", "train", "task")
 @dataclass(frozen=True)
 class Data:
     """Where text comes from. source: a packaged text, a file or a folder; validation: the fraction
-    held out; tokenizer: a folder of a Hugging Face tokenizer, empty for bytes."""
+    held out; tokenizer: a folder of a Hugging Face tokenizer, empty for bytes; context: tokens
+    after which a document is read on as another, from a fresh state (0: never)."""
 
     source: str = "moby_dick"
     validation: float = 0.1
     tokenizer: str = ""
+    context: int = 0
+
+    def __post_init__(self) -> None:
+        if self.context < 0:
+            raise ValueError(
+                f"data.context is {self.context}: give tokens, or 0 for whole documents"
+            )
 
 
 @dataclass(frozen=True)
@@ -196,7 +204,7 @@ def _check(table: Table, origin: str) -> None:
     for section in _SECTIONS:
         if section in table:
             _check_keys(table[section], list(_known_keys(section)), origin, f"[{section}] ")
-    types = {"source": str, "validation": int | float, "tokenizer": str}
+    types = {"source": str, "validation": int | float, "tokenizer": str, "context": int}
     _check_types(table.get("data", {}), types, origin)
 
 
@@ -231,7 +239,7 @@ def _check_keys(table: Table, known: Iterable[str], origin: str, section: str = 
 
 
 def _check_types(table: Table, types: Mapping[str, Any], origin: str) -> None:
-    names = {str: "a string", bool: "true or false", dict: "a section"}
+    names = {str: "a string", bool: "true or false", dict: "a section", int: "a whole number"}
     for key, value in table.items():
         wrong_bool = isinstance(value, bool) and types[key] is not bool
         if wrong_bool or not isinstance(value, types[key]):

@@ -220,6 +220,22 @@ def encode(data: bytes | np.ndarray | Document, bos: int = BOS) -> np.ndarray:
     return np.concatenate([np.array([bos]), values]).astype(np.int64)
 
 
+def in_contexts(documents: Documents, context: int) -> Documents:
+    """The same text in documents of at most `context` tokens, each read from a fresh state: what a
+    model whose state grows needs, since a long text would fill the machine."""
+    if context < 1:
+        raise ValueError(f"context is {context}: give the tokens of a document, at least 1")
+
+    def piece(whole: Document, start: int) -> Document:
+        stop = min(start + context, len(whole))
+        before, after = (whole.num_bytes * edge // len(whole) for edge in (start, stop))
+        places = whole.start + start, whole.start + stop
+        return Document(f"{whole.name}[{start}:{stop}]", whole.source, *places, after - before)
+
+    starts = ((whole, start) for whole in documents for start in range(0, len(whole), context))
+    return replace(documents, items=tuple(piece(*each) for each in starts))
+
+
 def tokenize(documents: Documents, tokenizer: Any) -> Documents:
     """The same documents as ids of a Hugging Face tokenizer, int32, held in memory.
 

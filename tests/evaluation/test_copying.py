@@ -119,7 +119,7 @@ def test_half_of_a_source_that_is_copied_counts_half():
         ({"learning_rate": 0.0}, "learning_rate above 0"),
         ({"num_slots": 0}, "num_slots is 0: give 1 or more"),
         ({"source_segments": 0}, "source_segments is 0"),
-        ({"num_symbols": 1}, "copying needs 2 or more"),
+        ({"num_symbols": 1}, "num_symbols is 1: give 2 or more"),
         ({"steps": "600"}, "steps must be a whole number"),
     ],
 )

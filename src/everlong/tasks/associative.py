@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from everlong.tasks._shared import check_least, check_span
 from everlong.tasks.recall import (
     BLANK,
     FIRST_SYMBOL,
@@ -36,14 +37,8 @@ class AssociativeConfig:
     max_pairs: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("segment_length", "num_values"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} is {getattr(self, name)}: give 2 or more")
-        if not 1 <= self.min_pairs <= self.max_pairs:
-            raise ValueError(
-                f"pairs run from {self.min_pairs} to {self.max_pairs}: "
-                "give 1 <= min_pairs <= max_pairs"
-            )
+        check_least(self, 2, "segment_length", "num_values")
+        check_span(self, 1, "pairs")
         if self.num_keys < self.max_pairs:
             raise ValueError(
                 f"{self.num_keys} keys are too few for {self.max_pairs} pairs: no key comes twice, "

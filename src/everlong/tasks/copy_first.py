@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from everlong.tasks._shared import check_least, check_share, check_span
 from everlong.tasks.recall import (
     BLANK,
     FIRST_SYMBOL,
@@ -36,15 +37,9 @@ class CopyFirstConfig:
     noise: float = 0.25  # share of symbols among the tokens of the delay
 
     def __post_init__(self) -> None:
-        if self.num_symbols < 2:
-            raise ValueError(f"num_symbols is {self.num_symbols}: a copy needs 2 or more")
-        if not 0 <= self.min_delay <= self.max_delay:
-            raise ValueError(
-                f"delays run from {self.min_delay} to {self.max_delay}: "
-                "give 0 <= min_delay <= max_delay"
-            )
-        if not 0 <= self.noise <= 1:
-            raise ValueError(f"noise is {self.noise}: give a share from 0 to 1")
+        check_least(self, 2, "num_symbols")
+        check_span(self, 0, "delay")
+        check_share(self, "noise")
 
     @property
     def vocab_size(self) -> int:

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everlong.tasks.recall import BLANK, IGNORED
+from everlong.tasks._shared import IGNORED, ScoredBatch, check_least, check_span
+from everlong.tasks.recall import BLANK
 
 MARK, FIRST_SYMBOL = 1, 2
 
@@ -38,15 +39,9 @@ class CopyConfig:
     max_segments: int = 2
 
     def __post_init__(self) -> None:
-        if self.segment_length < 1:
-            raise ValueError(f"segment_length is {self.segment_length}: give 1 or more")
-        if self.num_symbols < 2:
-            raise ValueError(f"num_symbols is {self.num_symbols}: copying needs 2 or more")
-        if not 1 <= self.min_segments <= self.max_segments:
-            raise ValueError(
-                f"the source has from {self.min_segments} to {self.max_segments} segments: "
-                "give 1 <= min_segments <= max_segments"
-            )
+        check_least(self, 1, "segment_length")
+        check_least(self, 2, "num_symbols")
+        check_span(self, 1, "segments")
 
     @property
     def vocab_size(self) -> int:
@@ -64,19 +59,13 @@ class CopyConfig:
 
 
 @dataclass(frozen=True)
-class CopyBatch:
-    """Rows are padded on the right with masked blanks to T = config.max_length."""
+class CopyBatch(ScoredBatch):
+    """Rows are padded on the right with masked blanks to T = config.max_length.
 
-    inputs: Tensor  # int64 [B, T]
-    targets: Tensor  # int64 [B, T], the source from each row's mark on, -100 elsewhere
-    mask: Tensor  # bool [B, T], True = a token of the row
+    Targets are the source, from each row's mark on.
+    """
+
     lengths: Tensor  # int64 [B]: the source is the first half of them
-
-    def correct(self, logits: Tensor) -> Tensor:
-        """Share of each row's targets that are its likeliest tokens: [B, T, V] -> float [B]."""
-        targets = self.targets.to(logits.device)
-        right = (logits.argmax(-1) == targets).sum(1)
-        return right / (targets != IGNORED).sum(1)
 
 
 def make_source(config: CopyConfig, seed: int, index: int) -> np.ndarray:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from everlong.tasks._shared import IGNORED, check_least, check_share, check_span
+
 BLANK, STORE, QUERY, FIRST_SYMBOL = 0, 1, 2, 3
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,9 @@ class RecallConfig:
     noise: float = 0.25  # share of symbols among the tokens of a distractor segment
 
     def __post_init__(self) -> None:
-        if self.segment_length < 2:
-            raise ValueError(
-                f"segment_length is {self.segment_length}: a mark and its symbol need 2 or more"
-            )
-        if self.num_symbols < 2:
-            raise ValueError(f"num_symbols is {self.num_symbols}: recall needs 2 or more")
-        if not 0 <= self.min_distractors <= self.max_distractors:
-            raise ValueError(
-                f"distractors run from {self.min_distractors} to {self.max_distractors}: "
-                "give 0 <= min_distractors <= max_distractors"
-            )
-        if not 0 <= self.noise <= 1:
-            raise ValueError(f"noise is {self.noise}: give a share from 0 to 1")
+        check_least(self, 2, "segment_length", "num_symbols")
+        check_span(self, 0, "distractors")
+        check_share(self, "noise")
 
     @property
     def vocab_size(self) -> int:

@@ -160,6 +160,53 @@ def test_a_trace_is_told_the_mean_log_calibration():
     torch.testing.assert_close(record, gates.log().mean((-1, -2)).detach())
 
 
+def test_constant_inputs_grow_without_the_clamp_and_stand_at_it_with_it():
+    """One input for ever, as the deep layers of a model nearly see: c is constant, and the largest
+    of the products of C grows exponentially unless the columns of the table have mean 0."""
+    x = noise(1, 1, 8).float().expand(1, 5000, 8)
+    free, bound = (make(memory_size=64, limit=limit).float() for limit in (1e38, 100.0))
+    with torch.no_grad():
+        assert free(x)[1]["memory"].abs().max() > 1e30
+        y, state = bound(x)
+        assert state["memory"].abs().max() == 100
+        assert y.isfinite().all()
+
+
+def test_a_deep_model_stays_within_the_limit_on_a_long_stream():
+    torch.manual_seed(0)
+    options = {"hidden_size": 32, "num_heads": 1, "num_layers": 4, "layers": ["stable_hadamard"]}
+    config = everlong.EverlongConfig(vocab_size=259, segment=None, **options)
+    model, state = everlong.EverlongForCausalLM(config).eval(), None
+    ids = torch.randint(256, (1, 1500), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, state = model.stream(ids, state)
+    assert logits.isfinite().all()
+    assert all(layer["memory"].abs().max() <= 100 for layer in state["layers"])
+
+
+def test_training_on_a_carried_state_does_not_diverge():
+    """Twenty steps at the recipe's rate, each on the next segment of one stream."""
+    torch.manual_seed(0)
+    options = {"hidden_size": 32, "num_heads": 1, "num_layers": 4, "layers": ["stable_hadamard"]}
+    config = everlong.EverlongConfig(vocab_size=259, segment=None, **options)
+    model, state = everlong.EverlongForCausalLM(config), None
+    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    ids = torch.randint(97, 101, (2, 20 * 64 + 1), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for at in range(0, 20 * 64, 64):
+        logits, state = model.stream(ids[:, at : at + 64], state)
+        targets = ids[:, at + 1 : at + 65].flatten()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets)
+        optimiser.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert norm.isfinite()
+        optimiser.step()
+        state = everlong.state.detach(state)
+        losses.append(loss.item())
+    assert losses[-1] < 1.6  # of four symbols: ln 4 = 1.39
+
+
 def test_a_bfloat16_model_keeps_its_matrix_in_float32():
     memory = make().bfloat16()
     _, state = memory(noise(1, 5, 8).bfloat16())
@@ -172,6 +219,7 @@ def test_a_bfloat16_model_keeps_its_matrix_in_float32():
         ({"memory_size": 0}, "memory_size must be at least 1"),
         ({"table_size": 0}, "table_size must be at least 1"),
         ({"theta": "randm"}, "did you mean 'random'"),
+        ({"limit": 0.0}, "limit is 0.0"),
         ({"seed": 2**63}, "64 bits"),
     ],
 )

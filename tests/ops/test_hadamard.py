@@ -38,22 +38,56 @@ def assert_equal(found, wanted, tolerance):
 def test_the_scan_is_the_loop_at_any_length_block_and_width(length, block, width):
     inputs = parts(length)
     wanted = everything(hadamard_reference, inputs)
-    assert_equal(everything(hadamard, inputs, block=block, width=width), wanted, 1e-12)
+    assert_equal(everything(hadamard, inputs, sizes=(block, width)), wanted, 1e-12)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"block": 64, "width": 8}])
+@settings(max_examples=40)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from([0.2, 1.0, 3.0]))
+def test_the_clamped_scan_is_the_clamped_loop(length, block, width, limit):
+    inputs = parts(length)
+    wanted = everything(hadamard_reference, inputs, limit=limit)
+    found = everything(hadamard, inputs, limit=limit, sizes=(block, width))
+    assert_equal(found, wanted, 1e-10)
+    assert found[1].abs().max() == limit or length < 4
+
+
+def test_a_clamped_cell_passes_no_gradient_and_keeps_it_once_it_stands_still():
+    inputs = parts(9)
+    inputs[5].data.fill_(7.0)
+    with torch.no_grad():  # the first position clamps every cell, the others are neutral
+        inputs[0].zero_()
+        inputs[3][:, 1:] = 0
+    for sizes in (None, (9, 3)):
+        memory = hadamard(*inputs, limit=1.0, sizes=sizes)[1]
+        assert torch.equal(memory, torch.ones_like(memory))
+        theta, start = torch.autograd.grad(memory.sum(), [inputs[0], inputs[5]])
+        assert not start.any()
+        assert theta[:, 1:].any()
+
+
+def test_gradients_of_the_clamped_scan_are_those_of_differences():
+    inputs = parts(6, 4, 4)
+    with torch.no_grad():
+        inputs[3].add_(0.1)
+    for sizes in (None, (6, 2)):
+        assert torch.autograd.gradcheck(
+            lambda *x, s=sizes: hadamard(*x, limit=0.7, sizes=s), inputs
+        )
+
+
+@pytest.mark.parametrize("sizes", [None, (64, 8)])
 def test_the_card_s_size(sizes):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         inputs = parts(64, 16, 16, dtype, 0.3)
         wanted = everything(hadamard_reference, inputs)
-        assert_equal(everything(hadamard, inputs, **sizes), wanted, tolerance)
+        assert_equal(everything(hadamard, inputs, sizes=sizes), wanted, tolerance)
 
 
 def test_gradients_are_those_of_differences():
     inputs = parts(5, 4, 4)
     with torch.no_grad():
         inputs[3].add_(0.1)
-    for form in (hadamard, lambda *given: hadamard(*given, block=4, width=2)):
+    for form in (hadamard, lambda *given: hadamard(*given, sizes=(4, 2))):
         assert torch.autograd.gradcheck(form, inputs)
 
 
@@ -78,16 +112,16 @@ def test_saturated_gates_divide_by_nothing():
     written = v[..., :, None] * k[..., None, :]
     divided = products * (start[:, None] + (written / products).cumsum(1))
     assert not divided.isfinite().all()
-    for sizes in ({}, {"block": 64, "width": 8}):
-        for found in everything(hadamard, inputs, **sizes):
+    for sizes in (None, (64, 8)):
+        for found in everything(hadamard, inputs, sizes=sizes):
             assert found.isfinite().all()
 
 
 def test_a_neutral_position_keeps_the_memory_bit_for_bit():
     theta, c, v, k, q, start = (part.detach() for part in parts(12, dtype=torch.float32))
     theta, k = torch.zeros_like(theta), torch.zeros_like(k)
-    for sizes in ({}, {"block": 12, "width": 3}):
-        assert torch.equal(hadamard(theta, c, v, k, q, start, **sizes)[1], start)
+    for sizes in (None, (12, 3)):
+        assert torch.equal(hadamard(theta, c, v, k, q, start, sizes=sizes)[1], start)
 
 
 def test_mix_is_splitmix64():

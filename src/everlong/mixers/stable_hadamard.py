@@ -28,7 +28,8 @@ class StableHadamardConfig:
     """memory_size: rows and columns of the matrix; num_heads has no use: there is one matrix.
 
     theta: "random" draws a row of a learned table of table_size rows at every step, "fixed" takes
-    its first row always, "none" leaves calibration out. seed: the draws of a fresh stream.
+    its first row always, "none" leaves calibration out. limit: cells are clamped to [-limit, limit]
+    after every write. seed: the draws of a fresh stream.
     """
 
     hidden_size: int
@@ -36,6 +37,7 @@ class StableHadamardConfig:
     memory_size: int = 64
     table_size: int = 128
     theta: str = "random"
+    limit: float = 100.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,6 +47,10 @@ class StableHadamardConfig:
         if self.theta not in _THETAS:
             hint = suggest(str(self.theta), _THETAS)
             raise ValueError(f"theta is {self.theta!r}: use one of {', '.join(_THETAS)}{hint}")
+        if not self.limit > 0:
+            raise ValueError(
+                f"limit is {self.limit}: give a number above 0; a large one is no clamp"
+            )
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: give a whole number of at most 64 bits")
 
@@ -55,7 +61,7 @@ class StableHadamardConfig:
     config=StableHadamardConfig,
     paper="Le et al. 2025, arXiv 2410.10132",
     keeps="writes gated outer products into a matrix, keeps or strengthens its cells, fades others",
-    small={"memory_size": 6, "table_size": 5},
+    small={"memory_size": 6, "table_size": 5, "limit": 0.5},  # a clamp that the laws meet
 )
 class StableHadamard(Stateful):
     """A matrix memory calibrated cell by cell (Le et al., ICLR 2025, arXiv 2410.10132, section 3).
@@ -64,14 +70,21 @@ class StableHadamard(Stateful):
     c = Wc x, a gate eta = sigmoid(w x), and theta a row of a learned table:
 
         C = 1 + tanh(theta c^T)       the calibration: entries in (0, 2), 1 is neutral
-        M = M * C + eta v k^T         element-wise; rows are values, columns are keys
+        M = clamp(M * C + eta v k^T)  element-wise; rows are values, columns are keys
         y = Wo (M q) + b              the position's own write is read
 
     *Written*: at every position, as far as its gate is open. *Kept*: cells whose C stays near 1;
-    above 1 they are strengthened. *Forgotten*: cells with C below 1; nothing else, and the norm of
-    M is not bounded. The theory bounds the expected product of the C's, for independent
-    theta c^T: not the product itself. Products of saturated ones vanish, or double at every step;
-    a trace with `recording` is told the mean log C [B, T] as "log_calibration".
+    above 1 they are strengthened. *Forgotten*: cells with C below 1, and what a cell at the clamp
+    would hold beyond it; nothing else.
+
+    **Clamp.** To [-limit, limit] at every position, in values and gradients (none passes a clamped
+    cell). The equations of the paper have none, nor does its POPGym agent; its agent for
+    meta-reinforcement learning has it, at 100. `limit=1e38` is the equations. The theory bounds the
+    expected product of the C's, for theta c^T that are independent with mean 0: not the product
+    itself. In the layers of a deep model c is nearly constant along a stream, and the mean of a
+    table's column, 0 only in expectation (and free in training), times it adds up in the exponent:
+    unclamped, such cells grow exponentially, at the start and more so trained. A trace with
+    `recording` is told the mean log C [B, T] as "log_calibration".
 
     **Draws.** The row of theta at a position is a hash of (seed[b], position[b]): training and
     evaluation draw alike, as published; any cut, batch and replay repeats the draws; torch's
@@ -86,8 +99,8 @@ class StableHadamard(Stateful):
 
     State: memory [B, M, M] (float32 at least, 0 in a fresh row), seed Int [B], position Int [B].
 
-    Deviations: no clamp of M and no skipping of calibrations (options of that last agent, off or
-    at 1 in the paper); no shortcut from x to y, which the block around a mixer has. theta="none"
+    Deviations: the clamp is on; no skipping of calibrations (an option of that last agent, at 1 in
+    the paper); no shortcut from x to y, which the block around a mixer has. theta="none"
     has C = 1: linear attention without normalisation.
     """
 
@@ -151,7 +164,7 @@ class StableHadamard(Stateful):
             with torch.no_grad():  # 1 + tanh(z) = 2 sigmoid(2z), whose logarithm is finite
                 logs = F.logsigmoid(2 * theta[..., :, None] * c[..., None, :]) + math.log(2)
                 trace.record("log_calibration", logs.mean((-1, -2)))
-        y, memory = form(theta, c, v, k, q, state["memory"])
+        y, memory = form(theta, c, v, k, q, state["memory"], limit=self.config.limit)
         return self.out(y.to(x.dtype)), {"memory": memory, "seed": state["seed"], "position": after}
 
     def _factors(self, seen: Tensor, state: State, exact: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,11 @@
 B batch, T time, V rows (values), K columns (keys). Both forms take theta [B, T, V], c [B, T, K]
 (the two factors of the calibration), v [B, T, V] (what is written, gate included), k and q
 [B, T, K], and memory [B, V, K]; they return y [B, T, V] and the last memory. theta = 0 and k = 0
-at a position leave the memory as it is, bit for bit.
+at a position leave the memory as it is, bit for bit. Cells are clamped to [-limit, limit] after
+every position's write; a clamped one passes no gradient to what came before it.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,14 +19,22 @@ from everlong.ops.scan import places, recur
 
 
 def hadamard_reference(
-    theta: Tensor, c: Tensor, v: Tensor, k: Tensor, q: Tensor, memory: Tensor
+    theta: Tensor,
+    c: Tensor,
+    v: Tensor,
+    k: Tensor,
+    q: Tensor,
+    memory: Tensor,
+    *,
+    limit: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
-    """Position by position, the definition: M = M * C + v k^T with C = 1 + tanh(theta c^T), in
-    (0, 2), then y = M q."""
+    """Position by position, the definition: M = clamp(M * C + v k^T) with C = 1 + tanh(theta c^T),
+    in (0, 2), then y = M q."""
     outputs = []
     for t in range(v.shape[1]):
         calibration = 1 + torch.tanh(theta[:, t, :, None] * c[:, t, None, :])
         memory = memory * calibration + v[:, t, :, None] * k[:, t, None, :]
+        memory = memory.clamp(-limit, limit)
         outputs.append((memory * q[:, t, None, :]).sum(-1))
     return torch.stack(outputs, 1), memory
 
@@ -37,24 +47,24 @@ def hadamard(
     q: Tensor,
     memory: Tensor,
     *,
-    block: int | None = None,
-    width: int | None = None,
+    limit: float = math.inf,
+    sizes: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same in blocks of `block` positions, each a scan over chunks of `width` of them.
+    """The same in blocks of positions, each a scan over chunks of them; `sizes` is (positions of a
+    block, of a chunk).
 
-    Inside a block the places of all chunks are read at once: pairs (C, U) compose as
-    (C2 * C1, C2 * U1 + U2), and nothing is ever divided by a product, which may be 0. For the
-    gradient only the memory before each block is kept, the rest is made again. Neither number
-    changes the result but for rounding; by default one chunk a block on a CPU, where launches cost
-    little, many elsewhere. Gradients are of first order.
+    Inside a block the places of all chunks are read at once: maps x -> clamp(a x + b, low, high)
+    with a >= 0, as each position's is, compose to such maps, and nothing is ever divided by a
+    product of C's, which may be 0. For the gradient only the memory before each block is kept, the
+    rest is made again. Sizes change the result by rounding alone; by default one chunk a block on
+    a CPU, where launches cost little, many elsewhere. Gradients are of first order.
     """
-    if block is None or width is None:
-        block, width = (16, 16) if v.device.type == "cpu" else (512, 32)
+    block, width = sizes or ((16, 16) if v.device.type == "cpu" else (512, 32))
     length = v.shape[1]
     width = min(width, block, length)
     parts = [F.pad(part, (0, 0, 0, -length % width)) for part in (theta, c, v, k, q)]
     with torch.autocast(v.device.type, enabled=False):
-        found: Any = _Scan.apply(*parts, memory, max(1, block // width) * width, width)
+        found: Any = _Scan.apply(*parts, memory, max(1, block // width) * width, width, limit)
     y, memory = found
     return y[:, :length], memory
 
@@ -64,23 +74,24 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        *parts, memory, block, width = inputs
+        *parts, memory, block, width, limit = inputs
         outputs, starts = [], []
         for theta, c, v, k, q in _blocks(parts, block):
             starts.append(memory)
             states = _outer(v, k)
-            recur(places(_calibration(theta, c), width), places(states, width), memory)
+            gates = places(_calibration(theta, c), width)
+            _walk(gates, places(states, width), memory, limit)
             outputs.append(_times(states, q))
             memory = states[-1].clone()
         ctx.save_for_backward(*parts, *starts)
-        ctx.sizes = block, width
+        ctx.sizes = block, width, limit
         return torch.cat(outputs).transpose(0, 1), memory
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_y, carried = grads
-        block, width = ctx.sizes
+        block, width, limit = ctx.sizes
         parts, starts = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         found = []
         with torch.autocast(carried.device.type, enabled=False):
@@ -88,12 +99,14 @@ class _Scan(torch.autograd.Function):
             for (theta, c, v, k, q, dy), start in reversed(list(pieces)):
                 gate = _calibration(theta, c)
                 states = _outer(v, k)
-                first, *others = gates = places(gate, width)
-                recur(gates, places(states, width), start)
-                # the gradient by each memory passes the calibration of the position behind it
-                others.append(torch.cat([first[1:], torch.ones_like(first[:1])]))
-                grad = _outer(dy, q)
-                recur(others, places(grad, width), carried, backwards=True)
+                inside = torch.empty_like(states)
+                within = places(inside, width)
+                _walk(places(gate, width), places(states, width), start, limit, within)
+                # the gradient by each memory passes the calibration of the position behind it,
+                # then the clamp of its own
+                behind = torch.cat([gate[1:], torch.ones_like(gate[:1])]).mul_(inside)
+                grad = _outer(dy, q).mul_(inside)
+                recur(places(behind, width), places(grad, width), carried, backwards=True)
                 carried = gate[0] * grad[0]
                 dv, dk = _times(grad, k), _times_left(v, grad)
                 dq = _times_left(dy, states)
@@ -102,7 +115,37 @@ class _Scan(torch.autograd.Function):
                 slope[0].mul_(start)
                 found.append((_times(slope, c), _times_left(theta, slope), dv, dk, dq))
         joined = (torch.cat(part[::-1]).transpose(0, 1) for part in zip(*found, strict=True))
-        return *joined, carried, None, None
+        return *joined, carried, None, None, None
+
+
+def _walk(
+    gates: list[Tensor],
+    drives: list[Tensor],
+    start: Tensor,
+    limit: float,
+    inside: list[Tensor] | None = None,
+) -> None:
+    """M = clamp(C M + U) over the `places` of chunks, written over those of the drives U; those of
+    `inside` become 1 where a cell is not clamped and 0 where it is."""
+    limit = min(limit, torch.finfo(start.dtype).max)  # 0 times infinity would be no number
+    entering = [start]
+    if len(drives[0]) > 1:  # the map of each chunk as a whole: x -> clamp(a x + b, low, high)
+        a, b = gates[0].clone(), drives[0].clone()
+        low, high = torch.full_like(b, -limit), torch.full_like(b, limit)
+        for gate, drive in zip(gates[1:], drives[1:], strict=True):
+            a.mul_(gate)
+            b.mul_(gate).add_(drive)
+            low.mul_(gate).add_(drive).clamp_(-limit, limit)
+            high.mul_(gate).add_(drive).clamp_(-limit, limit)
+        for chunk in range(len(b) - 1):
+            after = torch.addcmul(b[chunk], a[chunk], entering[-1])
+            entering.append(torch.clamp(after, low[chunk], high[chunk]))
+    before = torch.stack(entering)
+    for place, (gate, here) in enumerate(zip(gates, drives, strict=True)):
+        here.addcmul_(gate, before)
+        if inside is not None:
+            inside[place].copy_(here.abs() <= limit)
+        before = here.clamp_(-limit, limit)
 
 
 def _blocks(parts: Any, block: int) -> Any:

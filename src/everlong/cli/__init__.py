@@ -21,6 +21,7 @@ _BENCHES = {
     "recall": "Train the recall task and its controls over three seeds.",
     "copy": "Copy a source across segments: tokens that recur against a cache.",
     "delayed": "Recall the first symbol after long delays: Stable Hadamard Memory and a GRU.",
+    "overwriting": "Recall of overwritten values: the update rules of the linear family.",
     "language": "Every memory on a text at equal parameters: bits per byte, bytes of state.",
 }
 

@@ -123,6 +123,28 @@ def delayed(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench"
     print(f"written to {out}")
 
 
+def overwriting(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench")) -> None:
+    """Recall of keys that are written twice: sums, decays and corrections in one layer's place.
+
+    Parameters
+    ----------
+    seeds
+        One training each, of every rule; --seeds 0 --seeds 1 for two.
+    out
+        The folder that overwriting.json is written to, beside what is finished.
+    """
+    from everlong.cli.recall import accuracy_table
+    from everlong.evaluation import overwriting as bench
+    from everlong.evaluation.recall import check_counts, summary
+
+    check_counts("seeds", seeds)
+    config = bench.OverwritingRun()
+    rows = bench.measure(config, seeds, out / "overwriting", _say)
+    accuracy_table(summary(rows, "asked"), "asked", "accuracy, by what is asked for")
+    bench.write(out / "overwriting.json", config, rows)
+    print(f"chance {config.task().chance:.3f}; written to {out}")
+
+
 def language(
     *names: str,
     recipe: str = "families",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import OneCycleLR
 
 from everlong import state as states
 from everlong.evaluation.cells import cell
@@ -70,6 +71,7 @@ class Subject:
     mixers: Mapping[str, Mapping[str, Any]] | None = None
     layers: tuple[str, ...] = ("attention",)
     truncate: int | None = None
+    intermediate_size: int | None = None
 
 
 def subjects(task: RecallConfig, run: RecallRun) -> dict[str, Subject]:
@@ -153,6 +155,7 @@ def build(subject: Subject, task: Any, run: Any, seed: int) -> EverlongForCausal
             num_heads=run.num_heads,
             num_layers=subject.num_layers,
             layers=list(subject.layers),
+            intermediate_size=subject.intermediate_size,
             mixers={k: dict(v) for k, v in (subject.mixers or {}).items()},
             segment=None if subject.segment is None else dict(subject.segment),
         )
@@ -181,12 +184,17 @@ def fit(
     learning_rate: float,
     truncate: int | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    cycle: int | None = None,
 ) -> None:
     """One optimiser step a batch, until there are no more: its `inputs`, `targets` and `mask`.
 
-    By replay over whole items, segment by segment; the loss is the mean over targets.
+    By replay over whole items, segment by segment; the loss is the mean over targets. The rate is
+    constant, or of one cycle of so many steps whose peak it is (Smith 2018, arXiv 1708.07120).
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    rate = None
+    if cycle:
+        rate = OneCycleLR(optimiser, learning_rate, total_steps=cycle, pct_start=0.1)
     horizon = Horizon("replay", truncate=truncate)
 
     def step(segment: tuple[torch.Tensor, ...], state: State) -> tuple[torch.Tensor, State]:
@@ -210,6 +218,8 @@ def fit(
         loss, _ = horizon(step, segments, state, [1.0] * len(segments))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
+        if rate is not None:
+            rate.step()
         if on_step is not None:
             on_step(index + 1, float(loss))
 

@@ -102,7 +102,7 @@ class HGRN(Stateful):
         device, dtype = self._defaults(device, dtype)
         exact = torch.promote_types(dtype, torch.float32)
         zero = torch.zeros((), device=device, dtype=exact)
-        return {"memory": zero.expand(batch_size, self.hidden_size)}
+        return {"memory": zero.expand(batch_size, self.config.hidden_size)}
 
     def run(
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None

@@ -155,7 +155,8 @@ class LinearMixer(Stateful):
         parts = (
             part.unflatten(-1, (self.num_heads, -1)) for part in qkv.split([key, key, value], -1)
         )
-        q, k, v = self.vectors(*parts, state)
+        q, k, v = parts
+        q, k, v = self.vectors(q, k, v, state)
         q, g, beta = q * self.sizes[0] ** -0.5, self.decay(x), self.strength(x)
         if beta is None:
             o, after["memory"] = linear_attention(q, k, v, g, state["memory"], lengths=lengths)

@@ -121,8 +121,7 @@ def test_list_is_the_registry(call):
 
 
 def test_list_takes_a_pattern(call):
-    assert {line.split()[0] for line in call("list", "*attention")[1].splitlines()[1:]} == {
-        "attention",
+    assert {line.split()[0] for line in call("list", "*g_attention")[1].splitlines()[1:]} == {
         "sliding_attention",
     }
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from everlong.mixers.linear import EPS, check_sizes, reference
+from everlong.mixers.linear import EPS, check_sizes, normed, reference
 from everlong.ops.scan import scan
 from everlong.registry import register
 from everlong.state import State
@@ -110,7 +110,7 @@ class HGRN(Stateful):
         g = self.forget(self.rate(x))
         written = -torch.expm1(g) * F.silu(self.input(x))
         h, memory = scan(g.exp(), written, state["memory"], lengths)
-        y = self.norm(h.to(self.norm.weight.dtype)) * F.silu(self.gate(x))
+        y = normed(self.norm, h, x) * F.silu(self.gate(x))
         return self.out(y), {"memory": memory}
 
     def reference(

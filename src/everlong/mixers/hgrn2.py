@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong.mixers.hgrn import ForgetGate, check_layer
-from everlong.mixers.linear import EPS, check_sizes, reference
+from everlong.mixers.linear import EPS, check_sizes, normed, reference
 from everlong.ops.delta import linear_attention
 from everlong.registry import register
 from everlong.state import State
@@ -81,10 +81,11 @@ class HGRN2(Stateful):
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
     ) -> tuple[Tensor, State]:
         parts = F.silu(self.query(x)), self.forget(self.rate(x)), self.value(x)
-        q, g, v = (part.unflatten(-1, (self.num_heads, -1)) for part in parts)
+        exact = state["memory"].dtype
+        q, g, v = (part.to(exact).unflatten(-1, (self.num_heads, -1)) for part in parts)
         q, k = q * self.sizes[0] ** -0.5, -torch.expm1(g)
         o, memory = linear_attention(q, k, v, g, state["memory"], lengths=lengths)
-        y = self.norm(o.flatten(2).to(self.norm.weight.dtype))
+        y = normed(self.norm, o.flatten(2), x)
         return self.out(y), {"memory": memory}
 
     def reference(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from everlong.mixers.linear import DecayGate, LinearMixer, check_sizes, unit
+from everlong.mixers.linear import DecayGate, LinearMixer, check_sizes, normed, unit
 from everlong.registry import register
 from everlong.state import State
 
@@ -78,5 +78,5 @@ class KDA(LinearMixer):
         return self.beta(x).sigmoid() * (2 if self.config.negative_eigenvalues else 1)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
-        y = self.norm(o.to(self.norm.weight.dtype)).flatten(2)
+        y = normed(self.norm, o, x).flatten(2)
         return self.out(y * torch.sigmoid(self.low_rank_gate(x)))

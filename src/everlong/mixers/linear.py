@@ -42,6 +42,12 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)
 
 
+def normed(norm: nn.RMSNorm, o: Tensor, x: Tensor) -> Tensor:
+    """What was read, float32 at least, through its norm in that precision, in the dtype of x."""
+    weight = norm.weight.to(o.dtype)
+    return F.rms_norm(o, weight.shape, weight, norm.eps).to(x.dtype)
+
+
 def reference(
     memory: Stateful, x: Tensor, state: State | None = None, mask: Tensor | None = None
 ) -> tuple[Tensor, State]:
@@ -132,8 +138,8 @@ class LinearMixer(Stateful):
         return None
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
-        """o [B, T, H, V] -> [B, T, D]."""
-        y = self.norm(o.to(self.norm.weight.dtype)).flatten(2)
+        """o [B, T, H, V], float32 at least -> [B, T, D]."""
+        y = normed(self.norm, o, x).flatten(2)
         return self.out(y if self.gate is None else y * F.silu(self.gate(x)))
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
@@ -155,7 +161,7 @@ class LinearMixer(Stateful):
         parts = (
             part.unflatten(-1, (self.num_heads, -1)) for part in qkv.split([key, key, value], -1)
         )
-        q, k, v = parts
+        q, k, v = (part.to(state["memory"].dtype) for part in parts)
         q, k, v = self.vectors(q, k, v, state)
         q, g, beta = q * self.sizes[0] ** -0.5, self.decay(x), self.strength(x)
         if beta is None:

@@ -83,4 +83,4 @@ class LinearAttention(LinearMixer):
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         if not self.divides:
             return super().finish(o, x)
-        return self.out((o[..., :-1] / (o[..., -1:] + _LEAST)).flatten(2))
+        return self.out((o[..., :-1] / (o[..., -1:] + _LEAST)).flatten(2).to(x.dtype))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong import state as states
-from everlong.mixers.linear import EPS, DecayGate, ShortConvolution, check_sizes, unit
+from everlong.mixers.linear import EPS, DecayGate, ShortConvolution, check_sizes, normed, unit
 from everlong.ops.delta import delta_rule, linear_attention
 from everlong.ops.groups import groups, pieces, take
 from everlong.ops.ragged import expand_like, valid_positions
@@ -273,7 +273,7 @@ class MoM(Stateful):
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """o [B, T, H, V] -> [B, T, D]."""
-        y = self.norm(o.to(self.norm.weight.dtype)).flatten(2)
+        y = normed(self.norm, o, x).flatten(2)
         return self.out(y * F.silu(self.gate(x)))
 
     def reference(

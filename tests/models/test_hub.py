@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import everlong
 from everlong import state as states
+from everlong.models.decoders import CACHE_NAME
 from everlong.models.hub import EverlongForCausalLM
 from everlong.models.tokenizer import byte_tokenizer
 from models.hub_models import (
@@ -42,9 +43,9 @@ def test_forward_is_stream(name):
     logits, state = model.stream(ids, mask=mask)
     out = model(ids, attention_mask=mask)
     close(out.logits, logits)
-    assert all(map(torch.equal, states.leaves(out.past_key_values.state), states.leaves(state)))
+    assert all(map(torch.equal, states.leaves(out[CACHE_NAME].state), states.leaves(state)))
     first = model(ids[:, :5], attention_mask=mask[:, :5])
-    second = model(ids[:, 5:], attention_mask=mask, past_key_values=first.past_key_values)
+    second = model(ids[:, 5:], attention_mask=mask, cache=first[CACHE_NAME])
     close(torch.cat([first.logits, second.logits], 1), logits)
 
 
@@ -71,12 +72,28 @@ def test_only_the_wanted_logits_are_made(model):
 
 def test_without_a_cache_none_is_returned_or_moved(model):
     ids = tokens(1, 5)
-    assert model(ids, use_cache=False).past_key_values is None
-    cache = model(ids).past_key_values
-    out = model(tokens(1, 3, seed=1), past_key_values=cache, use_cache=False)
-    assert (out.past_key_values, cache.get_seq_length()) == (None, 5)
+    assert model(ids, use_cache=False).get(CACHE_NAME) is None
+    cache = model(ids)[CACHE_NAME]
+    out = model(tokens(1, 3, seed=1), cache=cache, use_cache=False)
+    assert (out.get(CACHE_NAME), cache.get_seq_length()) == (None, 5)
     logits, _ = model(ids, return_dict=False)
     close(logits, model(ids).logits)
+
+
+def test_the_cache_goes_by_its_old_name_too(model):
+    """transformers renamed it: what was written before goes on."""
+    ids, more = tokens(1, 5), tokens(1, 3, seed=1)
+    wanted = model(more, cache=model(ids)[CACHE_NAME]).logits
+    close(model(more, past_key_values=model(ids).past_key_values).logits, wanted)
+    cache = model(ids)[CACHE_NAME]
+    with pytest.raises(ValueError, match="give one of them"):
+        model(more, cache=cache, past_key_values=cache)
+
+
+def test_a_trainer_collects_the_logits_alone(model):
+    """It takes the keys to ignore out of the output and holds what is left of every batch."""
+    out = model(tokens(1, 5), labels=tokens(1, 5))
+    assert set(out) - set(model.config.keys_to_ignore_at_inference) == {"loss", "logits"}
 
 
 def test_a_trace_sees_inside(model):
@@ -245,7 +262,7 @@ def test_bfloat16_loads_and_keeps_exact_accumulators(name, tmp_path):
     out = half(ids)
     wanted = model(ids).logits
     assert (out.logits.float() - wanted).abs().mean() < 0.05 * wanted.abs().mean()
-    held = states.flatten(out.past_key_values.state)
+    held = states.flatten(out[CACHE_NAME].state)
     slots = {key: each.dtype for key, each in held.items() if key.endswith("slots")}
     assert set(slots.values()) <= {torch.float32}
     assert slots or "segment" not in held

@@ -6,8 +6,10 @@ import logging
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.generation import utils as generation
 
 from everlong import state as states
+from everlong.models.decoders import CACHE_NAME
 from everlong.models.hub import EverlongCache
 from models.hub_models import (
     BOS,
@@ -127,9 +129,9 @@ def test_resuming_is_one_shot(name):
     whole = generate(model, ids, 9, attention_mask=mask)
     first = generate(model, ids, 4, attention_mask=mask)
     seen = torch.cat([mask, mask.new_ones(2, 4)], 1)
-    cache = first.past_key_values
+    cache = first[CACHE_NAME]
     assert cache.get_seq_length() == 8, "all but the last token was read"
-    second = generate(model, first.sequences, 5, attention_mask=seen, past_key_values=cache)
+    second = generate(model, first.sequences, 5, attention_mask=seen, cache=cache)
     assert torch.equal(second.sequences, whole.sequences)
     close(torch.stack(second.logits), torch.stack(whole.logits[4:]))
 
@@ -140,7 +142,7 @@ def test_a_state_continues_with_new_tokens_alone(name):
     model, ids = make_model(name), tokens(2, 9)
     with torch.no_grad():
         _, state = model.stream(ids[:, :6])
-    result = generate(model, ids[:, 6:], past_key_values=EverlongCache(state))
+    result = generate(model, ids[:, 6:], cache=EverlongCache(state))
     whole = generate(model, ids)
     assert torch.equal(result.sequences[:, 3:], whole.sequences[:, 9:])
     close(torch.stack(result.logits), torch.stack(whole.logits))
@@ -151,9 +153,9 @@ def test_every_token_is_read_once_and_the_cache_does_not_grow(name):
     model, read = make_model(name), []
     model.body.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     ids = tokens(1, 5)
-    short = generate(model, ids, 2).past_key_values
+    short = generate(model, ids, 2)[CACHE_NAME]
     read.clear()
-    long = generate(model, ids, 60).past_key_values
+    long = generate(model, ids, 60)[CACHE_NAME]
     assert read == [5] + [1] * 59
     assert long.get_seq_length() == 64
     grown = states.num_bytes(long.state) - states.num_bytes(short.state)
@@ -164,22 +166,49 @@ def test_a_copied_cache_branches():
     """The model never changes a state in place: two futures share one past."""
     model, ids = make_model("memformer"), tokens(1, 6)
     result = generate(model, ids, 3)
-    before = states.tree_map(torch.clone, result.past_key_values.state)
-    branch = copy.copy(result.past_key_values)
-    one = generate(model, result.sequences, past_key_values=branch).sequences
-    kept = result.past_key_values
+    before = states.tree_map(torch.clone, result[CACHE_NAME].state)
+    branch = copy.copy(result[CACHE_NAME])
+    one = generate(model, result.sequences, cache=branch).sequences
+    kept = result[CACHE_NAME]
     assert all(map(torch.equal, states.leaves(kept.state), states.leaves(before)))
     assert kept.get_seq_length() == 8 < branch.get_seq_length()
-    assert torch.equal(generate(model, result.sequences, past_key_values=kept).sequences, one)
+    assert torch.equal(generate(model, result.sequences, cache=kept).sequences, one)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_the_cache_goes_by_its_old_name_too():
+    """What was written for it goes on; the newest transformers says its new name."""
+    model, ids = make_model("memformer"), tokens(1, 6)
+    wanted = generate(model, ids).sequences[:, 6:]
+    for name in ("cache", "past_key_values"):
+        cache = model(ids[:, :4])[CACHE_NAME]
+        assert torch.equal(generate(model, ids, **{name: cache}).sequences[:, 6:], wanted)
+        assert cache.get_seq_length() == 6 + STEPS - 1, "it is the one that was given"
+
+
+def test_a_cache_that_is_given_reads_no_step_too_many(monkeypatch):
+    """On Apple's devices transformers stops a step late if nobody sees the cache afterwards."""
+    if not hasattr(generation, "DeferredStopCheck"):
+        pytest.skip("this transformers always stops in time")
+    real, asked = generation.DeferredStopCheck.is_supported, []
+
+    def on_mps(_, *args, **options):
+        asked.append(real(torch.device("mps"), *args, **options))
+        return False
+
+    monkeypatch.setattr(generation.DeferredStopCheck, "is_supported", staticmethod(on_mps))
+    for cache in (EverlongCache(), None):
+        make_model("memformer").generate(tokens(1, 4), max_new_tokens=3, cache=cache)
+    assert asked == [False, True]
 
 
 def test_one_prompt_is_continued_several_ways():
     """A cache of one row serves several samples or beams."""
     model, ids = make_model("memformer"), tokens(1, 6)
-    cache = generate(model, ids, 1).past_key_values
+    cache = generate(model, ids, 1)[CACHE_NAME]
     more = tokens(1, 9, seed=1)
     more[:, :6] = ids
-    beams = generate(model, more, past_key_values=copy.copy(cache), num_beams=3).sequences
+    beams = generate(model, more, cache=copy.copy(cache), num_beams=3).sequences
     assert torch.equal(beams, generate(model, more, num_beams=3).sequences)
 
 
@@ -208,7 +237,7 @@ def test_a_prompt_may_be_read_in_chunks(name):
 def test_an_unused_dynamic_cache_will_do(configured):
     model, ids = make_model("memformer"), tokens(2, 6)
     cache = DynamicCache(config=model.config) if configured else DynamicCache()
-    result = generate(model, ids, past_key_values=cache)
+    result = generate(model, ids, cache=cache)
     assert torch.equal(result.sequences, generate(model, ids).sequences)
     assert cache.get_seq_length() == 6 + STEPS - 1
 
@@ -236,7 +265,7 @@ def test_nothing_given_begins_with_bos():
         ({"cache_implementation": "quantized"}, "leave the option out"),
         ({"cache_implementation": "offloaded"}, "leave the option out"),
         ({"prompt_lookup_num_tokens": 2}, "not supported with stateful models"),
-        ({"use_cache": False, "past_key_values": EverlongCache()}, "leave out past_key_values"),
+        ({"use_cache": False, "cache": EverlongCache()}, "leave out the cache"),
         ({"position_ids": torch.arange(4)[None]}, "position_ids"),
         ({"output_hidden_states": True}, "trace=everlong.Trace"),
     ],
@@ -253,21 +282,21 @@ def test_foreign_caches_are_refused():
     used.update(torch.zeros(1, 3, 4, 8), torch.zeros(1, 3, 4, 8), 0)
     for cache in (static, used):
         with pytest.raises(ValueError, match="EverlongCache or an unused DynamicCache"):
-            model(ids, past_key_values=cache)
+            model(ids, cache=cache)
 
 
 def test_a_cache_that_has_read_everything_asks_for_new_tokens():
     model, ids = make_model("sliding_attention"), tokens(1, 4)
-    cache = model(ids).past_key_values
+    cache = model(ids)[CACHE_NAME]
     for given in (ids, ids[:, :2]):
         with pytest.raises(ValueError, match="give the whole sequence with its new tokens"):
-            generate(model, given, past_key_values=cache)
+            generate(model, given, cache=cache)
 
 
 def test_the_cache_is_handled_like_any_other():
     """Rows, devices, resets: what transformers and its clients do to a cache."""
     model, ids = make_model("attention"), tokens(3, 5)
-    cache = model(ids).past_key_values
+    cache = model(ids)[CACHE_NAME]
     past = states.tree_map(torch.clone, cache.state)
     assert (len(cache), cache.batch_size, cache.get_max_length()) == (1, 3, -1)
     assert cache.get_mask_sizes(2, 0) == (7, 0)
@@ -283,7 +312,7 @@ def test_the_cache_is_handled_like_any_other():
         cache.crop(1)
     cache.reset()
     assert (cache.state, cache.get_seq_length()) == (None, 0)
-    close(model(ids, past_key_values=cache).logits, model(ids).logits)
+    close(model(ids, cache=cache).logits, model(ids).logits)
 
 
 def test_this_model_is_no_assistant():

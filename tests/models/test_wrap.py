@@ -21,6 +21,7 @@ from transformers import (
 import everlong
 import everlong.auto
 from everlong import state as states
+from everlong.models.decoders import CACHE_NAME
 from everlong.models.wrap import ExtendedForCausalLM
 from everlong.registry import memory_entry
 from models.backbones import SIZES, VOCABULARY, every_backbone, make_backbone
@@ -331,7 +332,7 @@ def test_the_state_never_grows(backbone, memory):
     model = make(backbone, memory, exact=False)
     fresh = states.num_bytes(model.init_state(1))
     for steps in (10, 200):  # beyond the 64 positions of the base model
-        cache = generate(model, ids_of(1, 3), steps).past_key_values
+        cache = generate(model, ids_of(1, 3), steps)[CACHE_NAME]
         assert states.num_bytes(cache.state) == fresh
 
 

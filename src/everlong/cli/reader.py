@@ -74,9 +74,7 @@ class Reader:
         cache = EverlongCache(self.state)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            ids = self.model.generate(
-                self.held, past_key_values=cache, streamer=streamer, **options
-            )
+            ids = self.model.generate(self.held, cache=cache, streamer=streamer, **options)
         self.state, self.held = cache.state, ids[:, -1:]
 
     @property

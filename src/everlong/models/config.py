@@ -35,7 +35,7 @@ class EverlongConfig(PreTrainedConfig):
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",
     }
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     vocab_size: int = 259
     hidden_size: int = 256

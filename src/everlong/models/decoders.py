@@ -13,6 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+# as a keyword of models and a field of their outputs; transformers 5.24 renamed it
+CACHE_NAME = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
 
 
 def decoder_layers(decoder: PreTrainedModel) -> nn.ModuleList:
@@ -58,7 +60,7 @@ def check_decoder(decoder: PreTrainedModel, capacity: int) -> None:
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise ValueError(f"{name} reads an encoder: give a decoder-only model")
     takes = signature(decoder.forward).parameters
-    for needed in ("inputs_embeds", "attention_mask", "position_ids", "past_key_values"):
+    for needed in ("inputs_embeds", "attention_mask", "position_ids", CACHE_NAME):
         if needed not in takes:
             raise ValueError(f"{name} takes no {needed}: give an attention decoder that does")
     others = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
@@ -85,7 +87,7 @@ def cache_shapes(decoder: PreTrainedModel) -> list[list[int]]:
     """(heads, width) of the keys and of the values of each layer, found by reading two tokens."""
     cache = DynamicCache()
     weight: Any = decoder.get_input_embeddings().weight
-    decoder(inputs_embeds=weight[None, :2], past_key_values=cache, use_cache=True)
+    decoder(inputs_embeds=weight[None, :2], use_cache=True, **{CACHE_NAME: cache})
     shapes = []
     for layer in cache.layers:
         k, v = getattr(layer, "keys", None), getattr(layer, "values", None)

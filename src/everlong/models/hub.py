@@ -24,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from everlong import state as states
 from everlong.models.config import EverlongConfig
 from everlong.models.decoder import build_body
+from everlong.models.decoders import CACHE_NAME
 from everlong.models.language import StreamModel
 from everlong.state import State
 from everlong.stateful import Trace
@@ -108,7 +109,7 @@ class StreamLayer(CacheLayerMixin):
 
 
 class EverlongCache(Cache):
-    """What `past_key_values` is here: one State, of constant size if the model's memory is bounded.
+    """What a cache is here: one State, of constant size if the model's memory is bounded.
 
     `EverlongCache(state)` continues a stream from a state, with only new tokens in `input_ids`.
     """
@@ -137,7 +138,7 @@ def stream_layer(cache: Any) -> StreamLayer:
         cache.layers[:] = [layer]
         return layer
     raise ValueError(
-        f"past_key_values must be an EverlongCache or an unused DynamicCache, got "
+        f"the cache must be an EverlongCache or an unused DynamicCache, got "
         f"{type(cache).__name__}: this model keeps a State, not keys and values"
     )
 
@@ -146,23 +147,24 @@ class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
     """A language model over a stream, with two faces.
 
     `stream`, `score` and `advance` are functions (ids, state) -> (result, state), see
-    `StreamModel`. `forward` and `generate` are Hugging Face's, with the state inside
-    `past_key_values`. Both read the same body and head.
+    `StreamModel`. `forward` and `generate` are Hugging Face's, with the state inside `cache`, which
+    both take under its old name `past_key_values` too. Both faces read the same body and head.
     """
 
     _is_stateful = True  # transformers then refuses assisted decoding
 
     @can_return_tuple
-    def forward(
+    def forward(  # noqa: PLR0913 (two of them are one: old names stay)
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         trace: Trace | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V], or of the last `logits_to_keep` columns; the loss of `labels` [B, T],
@@ -180,9 +182,10 @@ class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
         x = input_ids if inputs_embeds is None else inputs_embeds
         assert x is not None
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = EverlongCache()
-        layer = None if past_key_values is None else stream_layer(past_key_values)
+        cache = _one_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = EverlongCache()
+        layer = None if cache is None else stream_layer(cache)
         state = None if layer is None else layer.state
         hidden, state = self.body(x, state, _columns(attention_mask, x.shape[1]), trace)
         if use_cache and layer is not None:
@@ -193,8 +196,8 @@ class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
         if labels is not None:
             options = {key: kwargs[key] for key in _LOSS_OPTIONS if key in kwargs}
             loss = self.loss_function(logits, labels, self.config.vocab_size, **options)
-        cache = past_key_values if use_cache else None
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        held: Any = {CACHE_NAME: cache if use_cache else None}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **held)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -207,14 +210,20 @@ class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
             )
         if getattr(generation_config, "is_assistant", False):
             raise ValueError("a state cannot be rolled back, so this model cannot be an assistant")
-        cache = model_kwargs.get("past_key_values")
+        cache = _one_cache(
+            model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None)
+        )
         if generation_config.use_cache is False:
             if cache is not None:
-                raise ValueError("use_cache=False re-reads everything: leave out past_key_values")
+                raise ValueError("use_cache=False re-reads everything: leave out the cache")
             return
         if cache is None:
-            model_kwargs["past_key_values"] = EverlongCache()
+            model_kwargs[CACHE_NAME] = EverlongCache()
             return
+        model_kwargs[CACHE_NAME] = cache
+        super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         if copies > 1 and stream_layer(cache).batch_size == batch_size:
             cache.batch_repeat_interleave(copies)
@@ -224,7 +233,7 @@ class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
     ):
         if next_sequence_length is not None and next_sequence_length < 1:
             raise ValueError(
-                "past_key_values has already read as many tokens as you gave: give the whole "
+                "the cache has already read as many tokens as you gave: give the whole "
                 "sequence with its new tokens, or EverlongCache(cache.state) and the new ones alone"
             )
         return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
@@ -269,6 +278,13 @@ class EverlongForCausalLM(StreamForCausalLM):
             fresh = type(self)(copy.deepcopy(self.config))
             for name in absent:
                 self.get_parameter_or_buffer(name).copy_(fresh.get_parameter_or_buffer(name))
+
+
+def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """A cache under its name or its old one."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("past_key_values is the old name of cache: give one of them")
+    return past_key_values if cache is None else cache
 
 
 def _columns(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from everlong.models.decoders import (
+    CACHE_NAME,
     FULL,
     SLIDING,
     attention_kinds,
@@ -290,8 +291,8 @@ class PretrainedCore(Stateful):
             inputs_embeds=x,
             attention_mask=mask,
             position_ids=steps,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE_NAME: cache},
         )
         written = tuple(layer.written for layer in cache.layers)  # pyright: ignore
         if any(each is None for each in written):

@@ -29,7 +29,7 @@ class ExtendedConfig(PreTrainedConfig):
     layer; ties: further names of weights that have several, and the first. `extend` writes it."""
 
     model_type = "everlong_extended"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     base: dict[str, Any] = field(default_factory=dict)
     attention: str = "sdpa"

@@ -22,6 +22,7 @@ _BENCHES = {
     "copy": "Copy a source across segments: tokens that recur against a cache.",
     "delayed": "Recall the first symbol after long delays: Stable Hadamard Memory and a GRU.",
     "language": "Every memory on a text at equal parameters: bits per byte, bytes of state.",
+    "cost": "Every memory's time a token and bytes of state against stream length.",
 }
 
 

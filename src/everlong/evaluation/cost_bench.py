@@ -53,7 +53,7 @@ class CostRun:
     def __post_init__(self) -> None:
         """`ValueError`, naming the option, for a wrong type or an impossible value."""
         plain = {name: value for name, value in vars(self).items() if name != "lengths"}
-        check_types(CostRun, plain, "cost")
+        check_types(type(self), plain, "cost")
         check_counts("lengths", self.lengths)
         if min(self.lengths) < 1:
             raise ValueError(f"lengths are {list(self.lengths)}: give tokens, 1 or more")

@@ -46,7 +46,7 @@ class PeersRun:
     def __post_init__(self) -> None:
         """`ValueError`, naming the option, for a wrong type or an impossible value."""
         plain = {name: value for name, value in vars(self).items() if name != "threads"}
-        check_types(PeersRun, plain, "cost")
+        check_types(type(self), plain, "cost")
         check_counts("threads", self.threads)
         if min(self.threads) < 1:
             raise ValueError(f"threads are {list(self.threads)}: give 1 or more")

@@ -41,7 +41,7 @@ def test_help_names_every_command_in_half_a_second_and_loads_no_torch(tmp_path):
     assert min(times) < 0.5  # of a core: a busy machine does not count
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench replay", "bench recall"])
+@pytest.mark.parametrize("command", [*COMMANDS, "bench replay", "bench recall", "bench cost"])
 def test_every_command_has_help(command, call):
     code, out, err = call(*command.split(), "--help")
     assert (code, err) == (0, "")
@@ -99,6 +99,9 @@ def test_version(call):
         ("list *nothing*", "nothing"),
         ("bench replya", "replay"),
         ("bench recall default", "recall"),
+        ("bench cost memformr", "memformer"),
+        ("bench cost rmt --peers", "rmt"),
+        ("bench cost --device tpu", "cpu"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_was_meant(words, meant, refused):
@@ -155,6 +158,35 @@ def test_the_replay_benchmark_prints_a_table_and_writes_it(call, tmp_path, monke
         for method in ("BPTT", "checkpoint", "replay")
     ]
     assert {file.name for file in tmp_path.iterdir()} == {"replay.json", "replay.png"}
+
+
+def test_the_cost_benchmark_prints_a_table_and_writes_it(call, tmp_path, monkeypatch):
+    from everlong.evaluation import cost_bench
+
+    sizes = {"hidden_size": 16, "num_heads": 2, "lengths": (4, 16), "unbounded_length": 4}
+    small = partial(cost_bench.CostRun, rounds=1, least=1, decoded=1, **sizes)
+    monkeypatch.setattr(cost_bench, "CostRun", small)
+    words = ("bench", "cost", "rmt", "attention", "--device", "cpu", "--out", tmp_path)
+    code, out, err = call(*words)
+    assert code == 0, err
+    assert "1 of 1" in err
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[0] for line in lines[1:5]] == ["rmt", "forward", "attention", "forward"]
+    assert "processor time on cpu" in out
+    assert {file.name for file in tmp_path.iterdir()} == {"cost.json", "cost.png"}
+
+
+def test_the_scans_are_timed_beside_their_peers(call, tmp_path, monkeypatch):
+    from everlong.evaluation import cost_peers
+
+    sizes = {"length": 8, "num_heads": 1, "head_size": 4}
+    small = partial(cost_peers.PeersRun, rounds=1, threads=(1,), **sizes)
+    monkeypatch.setattr(cost_peers, "PeersRun", small)
+    code, out, err = call("bench", "cost", "--peers", "--device", "cpu", "--out", tmp_path)
+    assert code == 0, err
+    assert "transformers qwen3_next, chunks" in out
+    assert "dplr, a decay a channel" in out
+    assert [file.name for file in tmp_path.iterdir()] == ["cost-peers.json"]
 
 
 def test_our_value_errors_are_the_users_and_any_other_is_a_bug(call, monkeypatch):

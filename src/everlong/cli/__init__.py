@@ -23,6 +23,7 @@ _BENCHES = {
     "delayed": "Recall the first symbol after long delays: Stable Hadamard Memory and a GRU.",
     "overwriting": "Recall of overwritten values: the update rules of the linear family.",
     "language": "Every memory on a text at equal parameters: bits per byte, bytes of state.",
+    "cost": "Every memory's time a token and bytes of state against stream length.",
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -174,6 +174,37 @@ def language(
     from everlong.cli.families import bench_language
 
     bench_language(recipes.load(recipe, changes), names, seeds, out, _say)
+
+
+def cost(
+    *names: str,
+    peers: Annotated[bool, Parameter(negative=())] = False,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    out: Path = Path("runs/bench"),
+) -> None:
+    """Time a token and bytes of state against stream length, memory by memory.
+
+    Each memory alone, width 256, 4 heads, default options, one stream, float32: reading, forward
+    and backward, and decoding, after 512 to 16,384 tokens.
+
+    Parameters
+    ----------
+    names
+        Memories from `everlong list`; all of them if left out.
+    peers
+        Time the linear-time scans instead, beside their step-by-step forms and transformers' own.
+    device
+        Where it is measured: auto takes the best there is.
+    out
+        The folder that cost.json and cost.png, or cost-peers.json, are written to.
+    """
+    from everlong.cli.cost import bench_cost, bench_peers, refuse_names
+
+    if peers:
+        refuse_names(names)
+        bench_peers(device, out, _say)
+        return
+    bench_cost(names, device, out, _say)
 
 
 def _say(line: str) -> None:

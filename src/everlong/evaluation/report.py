@@ -103,6 +103,42 @@ def plot_recall(rows: Iterable[Mapping[str, Any]], chance: float, png: Path) -> 
     figure.savefig(png, dpi=120)
 
 
+def plot_cost(rows: Iterable[Mapping[str, Any]], clock: str, png: Path) -> None:
+    """Microseconds a token, by `clock`, against the tokens of a call: a line a memory, the dearest
+    first in the legend; left without gradients, right forward and backward."""
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(row["name"], []).append(row)
+    order = sorted(lines, key=lambda name: -lines[name][-1][f"both_{clock}"])
+    lengths = sorted({row["length"] for points in lines.values() for row in points})
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, key, title in zip(
+        panels, ("forward", "both"), ("reading", "forward and backward"), strict=True
+    ):
+        for index, name in enumerate(order):
+            axes.plot(
+                [point["length"] for point in lines[name]],
+                [point[f"{key}_{clock}"] for point in lines[name]],
+                color=colormaps["tab20"](index % 20),
+                marker="osv^D<>Pp*X"[index % 11],
+                linewidth=1.2,
+                markersize=5,
+                label=name,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.set_xlabel("tokens of one call")
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+    word = {"cpu": "processor time", "wall": "wall clock"}[clock]
+    panels[0].set_ylabel(f"microseconds a token ({word})")
+    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(png, dpi=120)
+
+
 def _smooth(values: list[float]) -> np.ndarray:
     """Means over a window around each value, a twentieth of the run wide, cut at both ends."""
     kernel = np.ones(2 * (len(values) // 40) + 1)

@@ -1,0 +1,98 @@
+"""`everlong bench cost`: tables of what memories cost, and of the scans beside their peers."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from rich.table import Table
+
+from everlong.cli.progress import console, size
+from everlong.errors import UserError
+from everlong.evaluation import cost_bench, cost_peers
+from everlong.evaluation.timing import trusted
+from everlong.provenance import git_sha
+from everlong.training.config import choose_device
+
+_CLOCK = {"cpu": "processor time", "wall": "wall clock"}
+
+
+def bench_cost(names: Sequence[str], device: str, out: Path, say: Callable[[str], None]) -> None:
+    """Measure memories, then the table, the JSON and the picture."""
+    config = cost_bench.CostRun(device=_device(device))
+    rows = cost_bench.measure(config, names, say)
+    clock = trusted(config.device, config.threads)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("memory")
+    table.add_column("bytes of state", justify="right")
+    table.add_column("us a token")
+    ends = f"{max(config.lengths):,} / {min(config.lengths):,}"
+    lengths = sorted(set(config.lengths))
+    for name in (*(f"{length:,}" for length in lengths), ends, "decoding"):
+        table.add_column(name, justify="right")
+    for found in cost_bench.summary(rows, clock):
+        own = {row["length"]: row for row in rows if row["name"] == found["name"]}
+        for key, label in (("forward", "forward"), ("both", "forward + backward")):
+            first = key == "forward"
+            cells = (f"{own[n][f'{key}_{clock}']:.1f}" if n in own else "" for n in lengths)
+            ratio = f"{found[f'times_{key}']:.2f}"
+            if found["longest"] < max(lengths):
+                ratio += f" at {found['longest']:,}"
+            table.add_row(
+                found["name"] if first else "",
+                f"{found['state_bytes']:,}" if first else "",
+                label,
+                *cells,
+                ratio,
+                f"{found['decode']:.0f}" if first else "",
+            )
+    console().print(table)
+    print(
+        f"{_CLOCK[clock]} on {config.device}, {config.threads} thread, medians of "
+        f"{config.rounds} rounds; state and decoding after the longest call"
+    )
+    cost_bench.write(out / "cost.json", config, rows)
+    print(f"written to {out}")
+
+
+def bench_peers(device: str, out: Path, say: Callable[[str], None]) -> None:
+    """Time the scans and their peers, then a table a number of threads, and the JSON."""
+    config = cost_peers.PeersRun(device=_device(device))
+    rows, lacking = cost_peers.measure(config, say)
+    for threads in dict.fromkeys(config.threads):
+        same = [row for row in rows if row["threads"] == threads]
+        clock = same[0]["clock"]
+        table = Table(box=None, pad_edge=False)
+        table.add_column("rule")
+        table.add_column("form")
+        for name in ("forward ms", "backward ms", "both ms", "times ours", "kept"):
+            table.add_column(name, justify="right")
+        for name in ("value difference", "gradient difference"):
+            table.add_column(name, justify="right")
+        for row in same:
+            table.add_row(
+                row["rule"] if row["form"] == "ours" else "",
+                row["form"],
+                *(f"{row[f'{key}_{clock}']:,.1f}" for key in ("forward", "backward", "both")),
+                f"{row['times_ours']:.1f}",
+                size(row["kept_bytes"]),
+                f"{row['value_difference']:.0e}",
+                f"{row['gradient_difference']:.0e}",
+            )
+        console().print(table)
+        print(f"{_CLOCK[clock]} on {config.device}, threads: {threads}, T = {config.length:,}\n")
+    for form in lacking:
+        print(f"not in this transformers: {form}")
+    cost_peers.write(out / "cost-peers.json", config, rows, lacking)
+    print(f"written to {out}")
+
+
+def _device(name: str) -> str:
+    git_sha()  # that of the code which is loaded now
+    torch.set_flush_denormal(True)  # decayed states are full of them, and they cost 4-5 times
+    return choose_device(name, PartialState(cpu=name == "cpu")).type
+
+
+def refuse_names(names: Sequence[str]) -> None:
+    if names:
+        raise UserError(f"--peers times the scans, not {names[0]}: leave the names out")

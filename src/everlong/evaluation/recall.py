@@ -126,6 +126,18 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "memformer",
         "stable_hadamard",
     ),
+    "linear": (
+        "sliding_attention",
+        "linear_attention",
+        "retnet",
+        "gla",
+        "hgrn",
+        "hgrn2",
+        "deltanet",
+        "gated_deltanet",
+        "kda",
+        "mom",
+    ),
 }
 
 

@@ -8,7 +8,7 @@ from laws.bounds import check_bounded, check_detached, check_form, check_pure, c
 from laws.cases import Case
 from laws.honesty import check_options, check_shapes
 from laws.numbers import check_accumulators, check_far, check_precision, check_saved
-from laws.replays import check_advance, check_replay, check_truncation
+from laws.replays import check_advance, check_checkpoint, check_replay, check_truncation
 from laws.rows import (
     check_mask,
     check_mask_kinds,
@@ -36,6 +36,7 @@ LAWS: dict[str, Callable[..., None]] = {
     "5 pure": check_pure,
     "5 quiet": check_quiet,
     "6 replay": check_replay,
+    "6 checkpoint": check_checkpoint,
     "6 advance": check_advance,
     "6 truncation": check_truncation,
     "7 saved": check_saved,

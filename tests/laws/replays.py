@@ -99,6 +99,22 @@ def check_replay(case: Case) -> None:
     by_hypothesis(lengths, st.sampled_from([None, 1, 2]), seeds, examples=8)(compare)
 
 
+def check_checkpoint(case: Case) -> None:
+    """Gradient checkpointing over segments gives the gradient of back-propagation through time,
+    with dropout on."""
+    memory, found = case.build(DROPOUT).train(), []
+    for method in ("checkpoint", "full"):
+        run = Run(case, memory, [memory.period + 1, 2, memory.period], 0)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            loss, _ = everlong.Horizon(method)(run.step, run.segments, run.state)
+        found.append((loss, run.gradients()))
+    (loss, got), (wanted_loss, wanted) = found
+    assert_close(loss, wanted_loss, "loss of checkpointed segments")
+    for name, grad in wanted.items():
+        assert_close(got[name], grad, f"gradient of {name} of checkpointed segments")
+
+
 def check_truncation(case: Case) -> None:
     """A loss at the end has exactly zero gradient beyond the last boundary that was cut, and one
     that is not zero before it: else the zero would say nothing."""

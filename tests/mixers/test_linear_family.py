@@ -165,13 +165,16 @@ def test_a_value_written_again_is_all_that_its_key_reads():
 
 
 @pytest.mark.parametrize("name", ["deltanet", "gated_deltanet", "kda"])
-def test_the_state_of_a_delta_rule_stays_bounded_under_full_reflections(name):
+def test_a_reflection_adds_no_more_than_the_value_it_writes(name):
     memory = make(name, negative_eigenvalues=True).float()
-    x = noise(1, 4096, D).float()
     memory.strength = lambda x: torch.full((*x.shape[:2], H), 2.0)  # beta, the most there is
-    y, state = memory(x)
+    state = {**memory.init_state(1), "memory": 30 * noise(1, H, *memory.sizes, seed=2).float()}
+    before = torch.linalg.matrix_norm(state["memory"], 2)
+    with torch.no_grad():  # values of 0: the state is turned and reflected, and may only fade
+        memory.qkv.weight[2 * H * memory.sizes[0] :] = 0
+    y, after = memory(noise(1, 4096, D).float(), state)
     assert y.isfinite().all()
-    assert state["memory"].abs().max() < 1e3
+    assert (torch.linalg.matrix_norm(after["memory"], 2) <= 1.001 * before).all()
 
 
 def test_floors_rise_with_the_layers_of_the_whole_stack():
@@ -240,3 +243,8 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=words):
             everlong.create_memory(name, **{"hidden_size": 12, "num_heads": 2, **options})
+
+
+def test_a_model_counts_its_layers_itself():
+    with pytest.raises(ValueError, match="leave them out"):
+        everlong.EverlongConfig(layers=["hgrn"], mixers={"hgrn": {"layer_index": 1}})

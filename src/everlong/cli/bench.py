@@ -59,8 +59,8 @@ def recall(
     recipe
         A recipe with a [task] section.
     family
-        Compare the memories of a family instead: recurrence or linear. What is finished in the folder is not
-        trained again.
+        Compare the memories of a family instead: recurrence or linear. What is finished in the
+        folder is not trained again.
     changes
         section.key=value, over what the recipe says; may be repeated.
     out

@@ -33,7 +33,10 @@ def print_estimate(plan: "Plan") -> None:
     if plan.recipe.twin:
         twin = build(twin_config(model.config, length), config.seed)
         print(f"parameters of the twin: {twin.num_parameters():,}")
-    print(f"bytes of state: {held:,} a stream, {rows * held:,} for {rows} rows")
+    grown = _grown(model, plan.texts.train.lengths, length)
+    held += grown
+    at_most = " at the longest document's end, as it grows" * (grown > 0)
+    print(f"bytes of state: {held:,} a stream{at_most}, {rows * held:,} for {rows} rows")
     for number, (_, segments) in enumerate(each):
         label = "tokens a step" if number == 0 else f"  in stage {number + 1}"
         tokens = rows * segments * length
@@ -42,12 +45,24 @@ def print_estimate(plan: "Plan") -> None:
     share = read / sum(texts.train.lengths)
     print(f"steps: {config.steps:,}, {share:.2f} times the {texts.train.num_bytes:,} bytes of text")
     buffered, alive = _horizon(config)
-    found = estimate_training(
-        model, _segment(length), _step(model), rows=rows, buffered=buffered, alive=alive
-    )
+    sizes = {"rows": rows, "buffered": buffered, "alive": alive, "grown": grown}
+    found = estimate_training(model, _segment(length), _step(model), **sizes)
     print(f"memory for training: about {size(found.total)} (besides torch itself), of which")
     for name, value in asdict(found).items():
         print(f"  {size(value):>9}  {_WORDS[name]}")
+
+
+def _grown(model: Any, lengths: list[int], segment_length: int) -> int:
+    """Bytes by which a stream's state grows up to the longest document's end: 0 if bounded."""
+    import torch
+
+    from everlong.evaluation.cost import growing_bytes
+
+    with torch.inference_mode():
+        ids = torch.zeros(1, segment_length, dtype=torch.long)
+        held = growing_bytes(model, model.init_state(1))
+        after = growing_bytes(model, model.body_stream(ids)[1])
+    return max(lengths) * (after - held) // segment_length
 
 
 def _horizon(config: Any) -> tuple[int, int]:

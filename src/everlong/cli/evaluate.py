@@ -53,11 +53,13 @@ def evaluate(
 def _documents(opened: Any, text: str | None) -> Any:
     from everlong.cli.prepare import load_texts
     from everlong.errors import UserError
-    from everlong.tasks.text import load_documents, tokenize
+    from everlong.tasks.text import in_contexts, load_documents, tokenize
 
     if text is not None:
         documents = load_documents(text)
-        return tokenize(documents, opened.tokenizer) if opened.tokenizer else documents
+        documents = tokenize(documents, opened.tokenizer) if opened.tokenizer else documents
+        context = opened.recipe.data.context if opened.recipe else 0
+        return in_contexts(documents, context) if context else documents
     if opened.recipe is None:
         raise UserError(f"{opened.folder} is a model without a text of its own: give --text")
     return load_texts(opened.recipe.data).validation

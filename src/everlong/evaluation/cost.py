@@ -105,13 +105,21 @@ class TrainingMemory:
 
 
 def estimate_training(
-    model: Any, segment: Callable[[int], Any], step: Step, *, rows: int, buffered: int, alive: int
+    model: Any,
+    segment: Callable[[int], Any],
+    step: Step,
+    *,
+    rows: int,
+    buffered: int,
+    alive: int,
+    grown: int = 0,
 ) -> TrainingMemory:
     """Estimate AdamW's peak from one segment, run forward and back with one and with two rows.
 
     `segment(rows)` is a batch of that size, `step(segment, state) -> (loss, state)` the training
-    step. `buffered` states are kept; `alive` segments have a graph at once (1 under replay). What
-    the process holds besides, such as torch itself, is not counted.
+    step. `buffered` states are kept, each `grown` bytes a row larger than after a segment; `alive`
+    segments have a graph at once (1 under replay). What the process holds besides, such as torch
+    itself, is not counted.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     gradients = _bytes(trainable)
@@ -121,7 +129,7 @@ def estimate_training(
             loss, state = step(segment(count), None)
             loss.backward()
         peaks.append(live.peak)
-        held = states.num_bytes(state) // count
+        held = states.num_bytes(state) // count + grown
         model.zero_grad()
         del loss, state
     row = peaks[1] - peaks[0]

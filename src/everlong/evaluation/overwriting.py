@@ -36,9 +36,9 @@ _HELD_OUT = 1_000_003  # added to a seed: test items are another stream
 
 @dataclass(frozen=True)
 class OverwritingRun:
-    """One training a rule and seed, about a minute on one core."""
+    """One training a rule and seed, about two minutes on one core."""
 
-    steps: int = 1200
+    steps: int = 2400
     batch_size: int = 32
     learning_rate: float = 1e-2  # the peak of one cycle
     hidden_size: int = 24  # also the width of keys and values, of one head

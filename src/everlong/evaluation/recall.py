@@ -57,6 +57,8 @@ class RecallRun:
 def check_counts(name: str, values: Any) -> None:
     """`ValueError` for what is not a tuple of whole numbers from 0."""
     whole = isinstance(values, tuple) and all(type(n) is int and 0 <= n < 2**63 for n in values)
+    if whole and len(set(values)) < len(values):
+        raise ValueError(f"{name} are {list(values)}: give each of them once")
     if not whole or not values:
         shown = list(values) if isinstance(values, tuple) else values
         raise ValueError(f"{name} is {shown!r}: give a list of whole numbers, such as [0, 1, 2]")

@@ -69,7 +69,6 @@ class ForgetGate(nn.Module):
     config=HGRNConfig,
     paper="Qin et al. 2023, arXiv 2311.04823",
     keeps="writes one gated number a channel; each channel fades as far as its forget gate opens",
-    small={"layer_index": 1, "num_layers": 2},
 )
 class HGRN(Stateful):
     """The hierarchically gated recurrent network (arXiv 2311.04823, section 3). A channel:

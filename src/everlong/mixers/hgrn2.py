@@ -41,7 +41,7 @@ class HGRN2Config:
     config=HGRN2Config,
     paper="Qin et al. 2024, arXiv 2404.07904",
     keeps="writes a value into each key channel as far as that channel forgets what it held",
-    small={"key_size": 5, "value_size": 7, "layer_index": 1, "num_layers": 2},
+    small={"key_size": 5, "value_size": 7},
 )
 class HGRN2(Stateful):
     """HGRN with a state expanded by outer products (arXiv 2404.07904, section 3). For each head,

@@ -220,7 +220,7 @@ class MoM(Stateful):
         if self.convolution is not None:
             kv, tail[0] = self.convolution(kv, tail[0], lengths)
         split = kv.split([self.num_heads * size for size in self.sizes], -1)
-        k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in split)
+        k, v = (part.to(memory.dtype).unflatten(-1, (self.num_heads, -1)) for part in split)
         g = self._decay(narrow)
         if self.rule.corrects:
             k, beta = unit(k), beta.sigmoid()

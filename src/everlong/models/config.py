@@ -174,6 +174,10 @@ class EverlongConfig(PreTrainedConfig):
         if not isinstance(options, Mapping):
             raise ValueError(f"{where} must be a table of options, got {options!r}")
         sizes = {"hidden_size": self.hidden_size, "num_heads": self.num_heads}
+        if "layer_index" in entry.fields and (options.keys() & {"layer_index", "num_layers"}):
+            raise ValueError(
+                f"{where}: a model fills in layer_index and num_layers, leave them out"
+            )
         registry.build_config(entry, {**sizes, **options})
 
 

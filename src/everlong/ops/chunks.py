@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from everlong.ops.first_order import first_order
 from everlong.ops.ragged import expand_like, valid_positions
 
 CHUNK = 64  # positions
@@ -83,7 +83,7 @@ class _ByHead(torch.autograd.Function):
         return *found, *edges
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Any) -> Any:
         between, *others = ctx.saved_tensors
         count, size = ctx.count, len(grads) - 3
@@ -125,7 +125,7 @@ class _ByChannel(torch.autograd.Function):
         return *found, *edges
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Any) -> Any:
         g, *others = ctx.saved_tensors
         edges, left, right = others[:3], others[3 : 3 + ctx.count], others[3 + ctx.count :]
@@ -224,7 +224,7 @@ class _Solve(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Any) -> Any:
         inverse, *found = ctx.saved_tensors
         by_right = [inverse.mT @ grad for grad in grads]
@@ -271,7 +271,7 @@ class _Carry(torch.autograd.Function):
         return states[:-1], states[-1].clone(), *e  # a state that is kept must keep itself alone
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Any) -> Any:
         states, decay, *rest = ctx.saved_tensors
         by_states, by_last, *by_e = grads

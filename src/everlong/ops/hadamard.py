@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from everlong.ops.first_order import first_order
 from everlong.ops.scan import places, recur
 
 
@@ -88,32 +88,32 @@ class _Scan(torch.autograd.Function):
         return torch.cat(outputs).transpose(0, 1), memory
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_y, carried = grads
         block, width, limit = ctx.sizes
-        parts, starts = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks what is saved a single time
+        parts, starts = saved[:5], saved[5:]
         found = []
-        with torch.autocast(carried.device.type, enabled=False):
-            pieces = zip(_blocks([*parts, grad_y], block), starts, strict=True)
-            for (theta, c, v, k, q, dy), start in reversed(list(pieces)):
-                gate = _calibration(theta, c)
-                states = _outer(v, k)
-                inside = torch.empty_like(states)
-                within = places(inside, width)
-                _walk(places(gate, width), places(states, width), start, limit, within)
-                # the gradient by each memory passes the calibration of the position behind it,
-                # then the clamp of its own
-                behind = torch.cat([gate[1:], torch.ones_like(gate[:1])]).mul_(inside)
-                grad = _outer(dy, q).mul_(inside)
-                recur(places(behind, width), places(grad, width), carried, backwards=True)
-                carried = gate[0] * grad[0]
-                dv, dk = _times(grad, k), _times_left(v, grad)
-                dq = _times_left(dy, states)
-                slope = torch.sub(2, gate).mul_(gate).mul_(grad)  # tanh' = C (2 - C)
-                slope[1:].mul_(states[:-1])
-                slope[0].mul_(start)
-                found.append((_times(slope, c), _times_left(theta, slope), dv, dk, dq))
+        pieces = zip(_blocks([*parts, grad_y], block), starts, strict=True)
+        for (theta, c, v, k, q, dy), start in reversed(list(pieces)):
+            gate = _calibration(theta, c)
+            states = _outer(v, k)
+            inside = torch.empty_like(states)
+            within = places(inside, width)
+            _walk(places(gate, width), places(states, width), start, limit, within)
+            # the gradient by each memory passes the calibration of the position behind it,
+            # then the clamp of its own
+            behind = torch.cat([gate[1:], torch.ones_like(gate[:1])]).mul_(inside)
+            grad = _outer(dy, q).mul_(inside)
+            recur(places(behind, width), places(grad, width), carried, backwards=True)
+            carried = gate[0] * grad[0]
+            dv, dk = _times(grad, k), _times_left(v, grad)
+            dq = _times_left(dy, states)
+            slope = torch.sub(2, gate).mul_(gate).mul_(grad)  # tanh' = C (2 - C)
+            slope[1:].mul_(states[:-1])
+            slope[0].mul_(start)
+            found.append((_times(slope, c), _times_left(theta, slope), dv, dk, dq))
         joined = (torch.cat(part[::-1]).transpose(0, 1) for part in zip(*found, strict=True))
         return *joined, carried, None, None, None
 

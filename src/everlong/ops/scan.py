@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from everlong.ops.first_order import first_order
 from everlong.ops.ragged import valid_positions
 
 
@@ -62,7 +62,7 @@ class _Scan(torch.autograd.Function):
         return h
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Any) -> Any:
         f, h, start = ctx.saved_tensors
         grad = grads[0].clone(memory_format=torch.contiguous_format)

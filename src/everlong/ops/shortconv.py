@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from everlong.ops.first_order import first_order
 from everlong.ops.ragged import expand_like
 
 
@@ -49,7 +49,7 @@ class _Convolution(torch.autograd.Function):
         return _sum_of_shifts(seen, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Any) -> Any:
         seen, weight = ctx.saved_tensors
         (grad,) = grads

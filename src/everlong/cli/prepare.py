@@ -34,13 +34,13 @@ class Texts:
 
 def load_texts(data: Data) -> Texts:
     """Both sides of the split, as ids of the tokenizer if there is one."""
-    sides, tokenizer = split(load_documents(data.source), data.validation), None
-    if data.tokenizer:
-        tokenizer = load_tokenizer(data.tokenizer)
-        sides = (tokenize(side, tokenizer) for side in sides)
+    train, validation = split(load_documents(data.source), data.validation)
+    tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    if tokenizer is not None:
+        train, validation = tokenize(train, tokenizer), tokenize(validation, tokenizer)
     if data.context:
-        sides = (in_contexts(side, data.context) for side in sides)
-    return Texts(*sides, tokenizer)
+        train, validation = (in_contexts(side, data.context) for side in (train, validation))
+    return Texts(train, validation, tokenizer)
 
 
 def load_tokenizer(path: str | Path) -> Any:

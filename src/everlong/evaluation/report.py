@@ -57,18 +57,32 @@ def plot_curves(metrics: Path | str, png: Path | str) -> Path:
 
 
 def plot_scores(rows: Iterable[Mapping[str, Any]], png: Path) -> None:
-    """Bits per byte (lower is better) against bytes of state, a point a memory."""
+    """Bits per byte (lower is better) against bytes of state, a point a memory, best first in the
+    legend. What is far worse than most stands at the upper edge, its number in the legend."""
+    rows = sorted(rows, key=lambda row: row["bits_per_byte"])
+    bits = [row["bits_per_byte"] for row in rows]
+    top = min(max(bits), 1.15 * float(np.median(bits)))
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    for row in rows:
-        at = row["state_bytes"] / 1024, row["bits_per_byte"]
-        axes.errorbar(*at, row["interval"], fmt="o", capsize=3)
-        axes.annotate(row["name"], at, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    for index, row in enumerate(rows):
+        beyond = row["bits_per_byte"] > top
+        spread = "" if row["interval"] is None else f" ± {row['interval']:.3f}"
+        axes.errorbar(
+            row["state_bytes"] / 1024,
+            top if beyond else row["bits_per_byte"],
+            None if beyond else row["interval"],
+            fmt="^" if beyond else "osvD<>Pp*X"[index % 10],
+            color=colormaps["tab20"](index % 20),
+            capsize=3,
+            label=f"{row['name']} {row['bits_per_byte']:.3f}{spread}{' (above)' * beyond}",
+        )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_ylim(min(bits) - 0.1, top + 0.02)
     axes.set_xlabel("one stream's state in KiB")
     axes.set_ylabel("bits per byte of validation text: lower is better")
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(png, dpi=120)
 
 

@@ -7,24 +7,23 @@ import pytest
 import torch
 
 from everlong.evaluation import cost_peers, scan_forms
-from everlong.evaluation.cost_peers import PeersRun, measure, write
+from everlong.evaluation.cost_peers import PeersRun, lacking, measure, write
 from everlong.evaluation.scan_forms import OURS, STEP, THEIRS, Rule, all_rules, draw
 
 TINY = PeersRun(length=70, num_heads=2, head_size=8, rounds=2, threads=(1,))
 
 
 @pytest.fixture(scope="module")
-def found():
+def rows():
     return measure(TINY)
 
 
-def test_every_form_agrees_with_the_definition(found):
-    rows, lacking = found
+def test_every_form_agrees_with_the_definition(rows):
     for row in rows:
         assert row["value_difference"] < 1e-5
         assert row["gradient_difference"] < 1e-5
     forms = [row["form"] for row in rows]
-    assert {*forms} | {*lacking} == {OURS, STEP, "torch conv1d", *THEIRS}
+    assert {*forms} | {*lacking()} == {OURS, STEP, "torch conv1d", *THEIRS}
     assert "transformers qwen3_next, chunks" in forms  # every transformers we work with has it
     for rule in {row["rule"] for row in rows}:
         own = [row for row in rows if row["rule"] == rule]
@@ -34,8 +33,8 @@ def test_every_form_agrees_with_the_definition(found):
         assert len(own) > 1
 
 
-def test_times_are_medians_of_all_rounds(found):
-    for row in found[0]:
+def test_times_are_medians_of_all_rounds(rows):
+    for row in rows:
         assert row["clock"] == "cpu"
         for key in ("forward", "backward", "both"):
             for clock in ("wall", "cpu"):
@@ -46,7 +45,10 @@ def test_times_are_medians_of_all_rounds(found):
 
 def test_a_slow_form_is_timed_once_on_each_number_of_threads():
     before = torch.get_num_threads()
-    rows, _ = measure(replace(TINY, length=8, patience=0.0, threads=(1, 2)))
+    seen = []
+    config = replace(TINY, length=8, patience=0.0, threads=(1, 2))
+    rows = measure(config, finished=lambda now: seen.append(len(now)))
+    assert seen == [len(rows) // 2, len(rows)]  # what is finished can be kept
     assert torch.get_num_threads() == before
     assert [row["threads"] for row in rows] == sorted(row["threads"] for row in rows)
     assert {(row["threads"], row["clock"]) for row in rows} == {(1, "cpu"), (2, "wall")}
@@ -71,16 +73,16 @@ def test_what_this_transformers_lacks_is_named_and_left_out(monkeypatch):
     monkeypatch.setattr(
         scan_forms, "THEIRS", {**dict.fromkeys(THEIRS, ("mamba2", "gone")), **theirs}
     )
-    rows, lacking = measure(replace(TINY, length=8, rounds=1))
-    assert lacking == [*THEIRS, "y"]
+    rows = measure(replace(TINY, length=8, rounds=1))
+    assert lacking() == [*THEIRS, "y"]
     assert {row["form"] for row in rows} == {OURS, STEP, "torch conv1d"}
 
 
-def test_written_with_provenance(found, tmp_path):
-    write(tmp_path / "cost-peers.json", TINY, *found)
+def test_written_with_provenance(rows, tmp_path):
+    write(tmp_path / "cost-peers.json", TINY, rows)
     read = json.loads((tmp_path / "cost-peers.json").read_text())
     assert read["command"] == "everlong bench cost --peers"
-    assert read["rows"] == found[0]
+    assert read["rows"] == rows
     assert read["config"]["threads"] == [1]
     assert read["environment"]["transformers"]
 
@@ -102,8 +104,7 @@ def test_what_cannot_be_measured_is_refused(options, named):
 @pytest.mark.benchmark
 def test_chunks_are_faster_than_steps_and_than_transformers():
     """The processor's time of one thread at T = 4,096."""
-    rows, _ = measure(PeersRun(threads=(1,)))
-    for row in rows:
+    for row in measure(PeersRun(threads=(1,))):
         label = f"{row['rule']}, {row['form']}"
         if row["form"] == STEP:
             assert row["times_ours"] >= 10, label

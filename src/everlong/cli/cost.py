@@ -56,35 +56,41 @@ def bench_cost(names: Sequence[str], device: str, out: Path, say: Callable[[str]
 
 
 def bench_peers(device: str, out: Path, say: Callable[[str], None]) -> None:
-    """Time the scans and their peers, then a table a number of threads, and the JSON."""
+    """Time the scans and their peers; after each number of threads its table, and the JSON of all
+    that is there."""
     config = cost_peers.PeersRun(device=_device(device))
-    rows, lacking = cost_peers.measure(config, say)
-    for threads in dict.fromkeys(config.threads):
-        same = [row for row in rows if row["threads"] == threads]
-        clock = same[0]["clock"]
-        table = Table(box=None, pad_edge=False)
-        table.add_column("rule")
-        table.add_column("form")
-        for name in ("forward ms", "backward ms", "both ms", "times ours", "kept"):
-            table.add_column(name, justify="right")
-        for name in ("value difference", "gradient difference"):
-            table.add_column(name, justify="right")
-        for row in same:
-            table.add_row(
-                row["rule"] if row["form"] == "ours" else "",
-                row["form"],
-                *(f"{row[f'{key}_{clock}']:,.1f}" for key in ("forward", "backward", "both")),
-                f"{row['times_ours']:.1f}",
-                size(row["kept_bytes"]),
-                f"{row['value_difference']:.0e}",
-                f"{row['gradient_difference']:.0e}",
-            )
-        console().print(table)
-        print(f"{_CLOCK[clock]} on {config.device}, threads: {threads}, T = {config.length:,}\n")
-    for form in lacking:
+
+    def finished(rows: list[cost_peers.Row]) -> None:
+        _peers_table(config, [row for row in rows if row["threads"] == rows[-1]["threads"]])
+        cost_peers.write(out / "cost-peers.json", config, rows)
+
+    cost_peers.measure(config, say, finished)
+    for form in cost_peers.lacking():
         print(f"not in this transformers: {form}")
-    cost_peers.write(out / "cost-peers.json", config, rows, lacking)
     print(f"written to {out}")
+
+
+def _peers_table(config: cost_peers.PeersRun, rows: Sequence[cost_peers.Row]) -> None:
+    clock, threads = rows[0]["clock"], rows[0]["threads"]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("rule")
+    table.add_column("form")
+    for name in ("forward ms", "backward ms", "both ms", "times ours", "kept"):
+        table.add_column(name, justify="right")
+    for name in ("value difference", "gradient difference"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["rule"] if row["form"] == "ours" else "",
+            row["form"],
+            *(f"{row[f'{key}_{clock}']:,.1f}" for key in ("forward", "backward", "both")),
+            f"{row['times_ours']:.1f}",
+            size(row["kept_bytes"]),
+            f"{row['value_difference']:.0e}",
+            f"{row['gradient_difference']:.0e}",
+        )
+    console().print(table)
+    print(f"{_CLOCK[clock]} on {config.device}, threads: {threads}, T = {config.length:,}\n")
 
 
 def _device(name: str) -> str:

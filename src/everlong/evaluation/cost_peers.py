@@ -56,9 +56,12 @@ class PeersRun:
 
 
 def measure(
-    config: PeersRun, say: Callable[[str], None] = lambda line: None
-) -> tuple[list[Row], list[str]]:
-    """A row for every number of threads, rule and form; and what this transformers lacks.
+    config: PeersRun,
+    say: Callable[[str], None] = lambda line: None,
+    finished: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """A row for every number of threads, rule and form; `finished` gets those there are after each
+    number of threads.
 
     Times are milliseconds, medians over the rounds: `forward`, `backward` and `both`, each `_wall`
     and `_cpu`; `times_ours` is `both` over that of our form by the trusted clock. Restores torch's
@@ -79,10 +82,15 @@ def measure(
     rows = []
     for threads in config.threads:
         with torch_threads(threads):
-            times = _time(cells, slow, config, lambda line, n=threads: say(f"{n} threads, {line}"))
+            times = _time(cells, slow, config, lambda line, n=threads: say(f"threads: {n}, {line}"))
         rows += _rows(about, times, threads, trusted(config.device, threads))
-    lacking = [form for form, function in transformers_functions().items() if function is None]
-    return rows, lacking
+        finished(rows)
+    return rows
+
+
+def lacking() -> list[str]:
+    """The forms that the installed transformers does not have."""
+    return [form for form, function in transformers_functions().items() if function is None]
 
 
 def _time(
@@ -159,12 +167,7 @@ def _rows(
     return rows
 
 
-def write(path: Path, config: PeersRun, rows: Sequence[Row], lacking: Sequence[str]) -> None:
+def write(path: Path, config: PeersRun, rows: Sequence[Row]) -> None:
     """The rows as JSON with provenance."""
-    write_results(
-        path,
-        "everlong bench cost --peers",
-        asdict(config),
-        rows=list(rows),
-        lacking=list(lacking),
-    )
+    command = "everlong bench cost --peers"
+    write_results(path, command, asdict(config), rows=list(rows), lacking=lacking())

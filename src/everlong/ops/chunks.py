@@ -105,7 +105,8 @@ class _ByHead(torch.autograd.Function):
 class _ByChannel(torch.autograd.Function):
     """One decay a channel, by halves: for rows i of the second half of a block and j of the first,
     the decay is exp(from the middle to i) * exp(from j to the middle), two factors that are at most
-    1; then each half is a block. log2 C matmuls, and nothing of size C * C * K."""
+    1; then each half is a block. log2 C matmuls, of all of left with all of right in one, and
+    nothing of size C * C * K."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -114,11 +115,10 @@ class _ByChannel(torch.autograd.Function):
         found = [torch.diag_embed((x * y).sum(-1)) for x in left for y in right]
         into, out = g.exp(), torch.ones_like(g)
         for size, second, first in _halves(into, out):
-            xs = [_second(x, size) * second for x in left]
-            ys = [_first(y, size) * first for y in right]
-            for n, matrix in enumerate(found):
-                i, j = divmod(n, len(right))
-                _corner(matrix, size).copy_(xs[i] @ ys[j].mT)
+            xs = _stacked([_second(x, size) for x in left], second)
+            ys = _stacked([_first(y, size) for y in right], first)
+            for matrix, corner in zip(found, _split(xs @ ys.mT, size), strict=True):
+                _corner(matrix, size).copy_(corner)
         edges = into, out, g.sum(-2)[..., None].exp()
         ctx.save_for_backward(g, *edges, *rows)
         ctx.count = count
@@ -132,13 +132,17 @@ class _ByChannel(torch.autograd.Function):
         d_left = [torch.zeros_like(x) for x in left]
         d_right = [torch.zeros_like(y) for y in right]
         for size, second, first in _halves(g.exp(), torch.ones_like(g)):
-            xs = [_second(x, size) * second for x in left]
-            ys = [_first(y, size) * first for y in right]
-            for n, grad in enumerate(grads[:-3]):
-                i, j = divmod(n, len(right))
-                corner = _corner(grad, size)
-                _second(d_left[i], size).addcmul_(_times(corner, ys[j]), second)
-                _first(d_right[j], size).addcmul_(_times(corner.mT, xs[i]), first)
+            xs = _stacked([_second(x, size) for x in left], second)
+            ys = _stacked([_first(y, size) for y in right], first)
+            corners = xs.new_empty(*xs.shape[:-1], ys.shape[-2])
+            for grad, corner in zip(grads[:-3], _split(corners, size), strict=True):
+                corner.copy_(_corner(grad, size))
+            by_left = _times(corners, ys).split(size, -2)
+            by_right = _times(corners.mT, xs).split(size, -2)
+            for x, dx in zip(d_left, by_left, strict=True):
+                _second(x, size).addcmul_(dx, second)
+            for y, dy in zip(d_right, by_right, strict=True):
+                _first(y, size).addcmul_(dy, first)
         # a decay up to position i scales what i reads, and unscales what i wrote
         by_into = torch.zeros_like(g)
         for x, dx in zip(left, d_left, strict=True):
@@ -190,6 +194,20 @@ def _corner(x: Tensor, size: int) -> Tensor:
     """Of [..., C, C] the blocks on the diagonal, of each the second rows by the first columns."""
     blocks = x.unflatten(-1, (-1, 2, size)).unflatten(-4, (-1, 2, size))
     return blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _stacked(halves: Sequence[Tensor], decay: Tensor) -> Tensor:
+    """Halves [..., blocks, size, K], each times the decay, one below the other in their block."""
+    size = decay.shape[-2]
+    rows = decay.new_empty(*decay.shape[:-2], len(halves) * size, decay.shape[-1])
+    for half, place in zip(halves, rows.split(size, -2), strict=True):
+        torch.mul(half, decay, out=place)
+    return rows
+
+
+def _split(products: Tensor, size: int) -> list[Tensor]:
+    """[..., size * any, size * any] -> the parts of [..., size, size], row by row; views."""
+    return [part for row in products.split(size, -2) for part in row.split(size, -1)]
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:

@@ -53,6 +53,9 @@ def test_the_full_rule_is_the_registered_layer_and_the_others_are_parts_of_it():
         layers[name] = Rule(config, *rule)
     torch.manual_seed(0)
     whole = GatedDeltaNet(config)
+    decay = layers["decay and correction (GatedDeltaNet)"].forget
+    torch.testing.assert_close(decay(torch.zeros(1)).exp(), torch.tensor([1 - 2.0**-5]))
+    whole.forget.load_state_dict(decay.state_dict())
     x = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(1))
     outputs = {name: layer(x)[0] for name, layer in layers.items()}
     assert torch.equal(outputs["decay and correction (GatedDeltaNet)"], whole(x)[0])

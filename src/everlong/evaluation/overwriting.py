@@ -65,13 +65,21 @@ class OverwritingRun:
 
 
 class Rule(GatedDeltaNet):
-    """GatedDeltaNet with parts of its rule left out. A baseline here, not a registered memory."""
+    """GatedDeltaNet with parts of its rule left out. A baseline here, not a registered memory.
+
+    A decay that the input sets starts at RetNet's. Published are draws whose strongest forget half
+    within a token: among many heads some are slow, here there is one.
+    """
 
     def __init__(self, config: GatedDeltaNetConfig, decay: str, corrects: bool):
         super().__init__(config)
         self.rule, self.corrects = decay, corrects
         if decay != "input":
             del self.rate, self.forget
+        else:
+            with torch.no_grad():  # g = -exp(A_log) softplus(... + dt_bias)
+                self.forget.A_log.zero_()
+                self.forget.dt_bias.fill_(math.log(math.expm1(-_FIXED)))
         if not corrects:
             del self.beta
 

@@ -4,7 +4,7 @@ Every subject is the same small language model but for the mixer of its layers. 
 tasks/copy_first with delays up to `train_delay` and tested at the delays of `delays`, longer ones
 among them. Draws of theta are new for every item, in training and in the test, as published.
 Two layers, for what the first of a linear memory writes depends on its token alone, and no token
-says that it is the first. A matrix that overflows answers nothing: its items count as wrong.
+says that it is the first. An answer that is not finite counts as wrong.
 B batch, T time, D hidden_size, G state numbers of the GRU.
 """
 

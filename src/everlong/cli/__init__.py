@@ -21,6 +21,7 @@ _BENCHES = {
     "recall": "Train the recall task and its controls over three seeds.",
     "copy": "Copy a source across segments: tokens that recur against a cache.",
     "delayed": "Recall the first symbol after long delays: Stable Hadamard Memory and a GRU.",
+    "mixture": "Mixture-of-Memories: what it keeps at equal cost and at equal bytes of state.",
     "language": "Every memory on a text at equal parameters: bits per byte, bytes of state.",
 }
 

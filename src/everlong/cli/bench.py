@@ -145,6 +145,32 @@ def overwriting(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/be
     print(f"chance {config.task().chance:.3f}; written to {out}")
 
 
+def mixture(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench")) -> None:
+    """Mixture-of-Memories: room for pairs at equal cost and equal bytes; streams to keep apart.
+
+    Parameters
+    ----------
+    seeds
+        One training each, of every subject; --seeds 0 --seeds 1 for two.
+    out
+        The folder that mixture.json is written to.
+    """
+    from everlong.cli.recall import accuracy_table
+    from everlong.evaluation import mixture as bench
+    from everlong.evaluation.recall import check_counts, summary
+    from everlong.provenance import git_sha
+
+    git_sha()  # that of the code which is loaded now
+    check_counts("seeds", seeds)
+    config = bench.MixtureRun()
+    room = bench.measure_room(config, seeds)
+    accuracy_table(summary(room, "pairs"), "pairs", "signs read right, by pairs written")
+    streams = bench.measure_streams(config, seeds, _say)
+    accuracy_table(summary(streams, "pairs"), "pairs", "accuracy, by pairs of each of 2 streams")
+    bench.write(out / "mixture.json", config, room, streams)
+    print(f"written to {out}")
+
+
 def language(
     *names: str,
     recipe: str = "families",

@@ -139,7 +139,7 @@ def test_a_memory_is_compared_with_segments_of_the_training(name):
 
 
 def test_seeds_are_whole_numbers_from_zero(call):
-    for bench in ("copy", "delayed", "language"):
+    for bench in ("copy", "delayed", "mixture", "language"):
         code, _, err = call("bench", bench, "--seeds", "-1")
         assert code == 2
         assert "seeds" in err

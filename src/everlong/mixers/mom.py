@@ -111,6 +111,7 @@ class MoM(Stateful):
     e, P_e the mean of p. It is k where memories are used alike, and weighs as nats a token, for
     each layer. It is a product of means over the real positions of one call, so unlike outputs and
     state it depends on how a stream is cut; what is compared must be cut alike.
+    With k = 1 the weight w is 1 whatever p is: the router then learns from this loss alone.
 
     Deviations: the convolution of queries runs along the row (in the released code along each
     memory's tokens, so that queries differ by memory); those of keys and values begin with each

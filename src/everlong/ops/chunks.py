@@ -16,6 +16,7 @@ from everlong.ops.first_order import first_order
 from everlong.ops.ragged import expand_like, valid_positions
 
 CHUNK = 64  # positions
+SOLVED_CHUNK = 32  # where a triangular system is solved, the cost of which grows with the chunk
 
 
 def prepare(

@@ -6,7 +6,17 @@ Shapes, signatures and what `lengths` does are those of `everlong.ops.dplr`.
 import torch
 from torch import Tensor
 
-from everlong.ops.chunks import CHUNK, carry, carry_sums, chunked, pairs, prepare, solve, whole
+from everlong.ops.chunks import (
+    CHUNK,
+    SOLVED_CHUNK,
+    carry,
+    carry_sums,
+    chunked,
+    pairs,
+    prepare,
+    solve,
+    whole,
+)
 from everlong.ops.dplr import dplr_reference
 from everlong.ops.ragged import expand_like
 
@@ -47,7 +57,7 @@ def delta_rule(
     state: Tensor,
     *,
     lengths: Tensor | None = None,
-    chunk_size: int = CHUNK,
+    chunk_size: int = SOLVED_CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """S' = diag(exp(g_t)) S_{t-1}, S_t = S' + beta_t k_t^T (v_t - k_t S'), o_t = q_t S_t.
 

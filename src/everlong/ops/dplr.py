@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from everlong.ops.chunks import CHUNK, carry, chunked, pairs, prepare, solve, whole
+from everlong.ops.chunks import SOLVED_CHUNK, carry, chunked, pairs, prepare, solve, whole
 from everlong.ops.ragged import expand_like
 
 
@@ -58,7 +58,7 @@ def dplr(
     state: Tensor,
     *,
     lengths: Tensor | None = None,
-    chunk_size: int = CHUNK,
+    chunk_size: int = SOLVED_CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """The same in chunks of `chunk_size` positions (a power of two), which changes the rounding
     only. Gradients are of first order.

@@ -57,6 +57,10 @@ LIARS = {  # law: {liar: what the check says of it}
     },
     "5 quiet": {toys.TraceRounds: "under a trace", toys.DrawsInEval: "global generator"},
     "6 replay": {toys.DropsTheGenerator: "segments of", toys.HidesState: "segments of"},
+    "6 checkpoint": {
+        toys.DropsTheGenerator: "of checkpointed segments",
+        toys.HidesState: "of checkpointed segments",
+    },
     "6 advance": {toys.AdvancesOtherwise: "state of advance"},
     "6 truncation": {toys.DetachesAtCalls: "no gradient reaches"},
     "7 saved": {toys.KeepsMapOutside: "outputs after loading"},

@@ -54,24 +54,29 @@ def evaluate(
 
 
 def _row(name: str, model: Any, texts: "Texts", length: int, run_dir: Path) -> dict[str, Any]:
-    from everlong.evaluation.cost import growing_bytes, stream_bytes
+    from everlong.evaluation.cost import stream_bytes
     from everlong.training.run import read_metrics
 
     speeds = [line["tokens_per_s"] for line in read_metrics(run_dir / "metrics.jsonl")]
     bounded = is_bounded(model.config)
     measured = STREAMED if bounded else STREAMED[:1]  # reading on costs more and more
-    growing = {}
-    if not bounded:
-        blocks = _blocks(model, texts, length)
-        growing["growing_bytes"] = stream_bytes(model, blocks, measured, growing_bytes)
+    both = stream_bytes(model, _blocks(model, texts, length), measured, _held_and_growing)
+    growing = {} if bounded else {"growing_bytes": {n: grown for n, (_, grown) in both.items()}}
     return {
         "name": name,
         "bits_per_byte": _bits(model, texts, length, wipe=False),
         "tokens_per_s": median(speeds) if speeds else None,
-        "state_bytes": stream_bytes(model, _blocks(model, texts, length), measured),
+        "state_bytes": {n: held for n, (held, _) in both.items()},
         **growing,
         "parameters": model.num_parameters(),
     }
+
+
+def _held_and_growing(model: Any, state: Any) -> tuple[int, int]:
+    from everlong import state as states
+    from everlong.evaluation.cost import growing_bytes
+
+    return states.num_bytes(state), growing_bytes(model, state)
 
 
 def _bits(model: Any, texts: "Texts", length: int, wipe: bool) -> float:

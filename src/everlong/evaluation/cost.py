@@ -67,10 +67,10 @@ def stream_bytes(
     model: Any,
     ids: Iterable[Tensor],
     segments: Iterable[int],
-    of: Callable[[Any, Any], int] = lambda _, state: states.num_bytes(state),
-) -> dict[int, int]:
-    """Bytes of state of a stream after so many segments, measured by streaming it; `of` other
-    bytes of (model, state), such as `growing_bytes`.
+    of: Callable[[Any, Any], Any] = lambda _, state: states.num_bytes(state),
+) -> dict[int, Any]:
+    """Bytes of state of a stream after so many segments, measured by streaming it, or what
+    `of` says of (model, state) instead.
 
     `ids` gives Int [B, S] blocks, a segment each; reading stops at the largest of `segments`, or
     raises `ValueError` when the blocks end before it.

@@ -7,26 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from everlong.mixers.linear import DecayGate, LinearMixer, check_sizes, unit
+from everlong.mixers.linear import DecayGate, DeltaConfig, DeltaMixer
 from everlong.registry import register
-from everlong.state import State
 
 
 @dataclass(frozen=True)
-class GatedDeltaNetConfig:
-    """key_size, value_size: of a head; None: 3/4 of hidden_size // num_heads, and twice the
-    key_size. conv_size: positions that the convolution before queries, keys and values sees; 0:
-    none. negative_eigenvalues: a correction may go beyond the new value."""
-
-    hidden_size: int
-    num_heads: int
-    key_size: int | None = None
-    value_size: int | None = None
-    conv_size: int = 4
-    negative_eigenvalues: bool = False
-
-    def __post_init__(self) -> None:
-        check_sizes(self, conv_size=0)
+class GatedDeltaNetConfig(DeltaConfig):
+    """key_size, value_size None: 3/4 of hidden_size // num_heads, and twice the key_size."""
 
 
 @register(
@@ -37,7 +24,7 @@ class GatedDeltaNetConfig:
     keeps="writes each value over what its key held; each head fades at a rate the input sets",
     small={"key_size": 5, "value_size": 7},
 )
-class GatedDeltaNet(LinearMixer):
+class GatedDeltaNet(DeltaMixer):
     """The gated delta rule (arXiv 2412.06464, eq. 10, and section 3.4). For each head, with q, k
     and v behind a short convolution and SiLU, q and k of length 1, beta = sigmoid(Wb x) (twice that
     with `negative_eigenvalues`) and g = -exp(A_log) softplus(Wa x + dt_bias):
@@ -55,16 +42,9 @@ class GatedDeltaNet(LinearMixer):
     def __init__(self, config: GatedDeltaNetConfig):
         keys = config.key_size or max(1, 3 * config.hidden_size // (4 * config.num_heads))
         values = config.value_size or 2 * keys
-        super().__init__(config, keys, values, conv_size=config.conv_size)
-        self.beta = nn.Linear(config.hidden_size, config.num_heads, bias=False)
+        super().__init__(config, keys, values)
         self.rate = nn.Linear(config.hidden_size, config.num_heads, bias=False)
         self.forget = DecayGate(config.num_heads)
 
-    def vectors(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, ...]:
-        return unit(q), unit(k), v
-
     def decay(self, x: Tensor) -> Tensor:
         return self.forget(self.rate(x))
-
-    def strength(self, x: Tensor) -> Tensor:
-        return self.beta(x).sigmoid() * (2 if self.config.negative_eigenvalues else 1)

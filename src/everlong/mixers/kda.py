@@ -8,26 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from everlong.mixers.linear import DecayGate, LinearMixer, check_sizes, normed, unit
+from everlong.mixers.linear import DecayGate, DeltaConfig, DeltaMixer, normed
 from everlong.registry import register
-from everlong.state import State
 
 
 @dataclass(frozen=True)
-class KDAConfig:
-    """key_size, value_size: of a head; None: hidden_size // num_heads. conv_size: positions that
-    the convolution before queries, keys and values sees; 0: none. negative_eigenvalues: a
-    correction may go beyond the new value."""
-
-    hidden_size: int
-    num_heads: int
-    key_size: int | None = None
-    value_size: int | None = None
-    conv_size: int = 4
-    negative_eigenvalues: bool = False
-
-    def __post_init__(self) -> None:
-        check_sizes(self, conv_size=0)
+class KDAConfig(DeltaConfig):
+    """key_size, value_size None: hidden_size // num_heads."""
 
 
 @register(
@@ -38,7 +25,7 @@ class KDAConfig:
     keeps="writes each value over what its key held; key channels fade at rates the input sets",
     small={"key_size": 5, "value_size": 7},
 )
-class KDA(LinearMixer):
+class KDA(DeltaMixer):
     """Kimi Delta Attention (arXiv 2510.26692, section 3). For each head, with q, k and v behind a
     short convolution and SiLU, q and k of length 1, beta = sigmoid(Wb x) (twice that with
     `negative_eigenvalues`) and g = -exp(A_log) softplus(W2 W1 x + dt_bias), one a key channel:
@@ -57,8 +44,7 @@ class KDA(LinearMixer):
     def __init__(self, config: KDAConfig):
         width, heads = config.hidden_size, config.num_heads
         keys, values = (size or width // heads for size in (config.key_size, config.value_size))
-        super().__init__(config, keys, values, conv_size=config.conv_size, gate=False)
-        self.beta = nn.Linear(width, heads, bias=False)
+        super().__init__(config, keys, values, gate=False)
         self.rate = nn.Sequential(
             nn.Linear(width, values, bias=False), nn.Linear(values, heads * keys, bias=False)
         )
@@ -67,15 +53,8 @@ class KDA(LinearMixer):
             nn.Linear(width, values, bias=False), nn.Linear(values, heads * values)
         )
 
-    def vectors(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, ...]:
-        return unit(q), unit(k), v
-
     def decay(self, x: Tensor) -> Tensor:
-        g = self.forget(self.rate(x))
-        return g if g.dim() == 4 else g[..., None]  # keys of width 1
-
-    def strength(self, x: Tensor) -> Tensor:
-        return self.beta(x).sigmoid() * (2 if self.config.negative_eigenvalues else 1)
+        return self.forget(self.rate(x))
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         y = normed(self.norm, o, x).flatten(2)

@@ -4,6 +4,7 @@ B batch, T time, D hidden_size, H heads, K key_size and V value_size (of a head)
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,9 +85,10 @@ class DecayGate(nn.Module):
     """Log decays g = -exp(A_log) softplus(a + dt_bias), of Mamba2 (arXiv 2405.21060), one a head or
     a channel: near 0 at the start. Neither parameter has weight decay."""
 
-    def __init__(self, num_heads: int, channels: int = 1, least: float = 1e-3):
+    def __init__(self, num_heads: int, channels: int | None = None, least: float = 1e-3):
         super().__init__()
-        dt = torch.empty(num_heads, channels).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        self.channels = channels  # of a head; None: one decay a head
+        dt = torch.empty(num_heads, channels or 1).uniform_(math.log(1e-3), math.log(0.1)).exp()
         self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(least, 16).log())
         self.dt_bias = nn.Parameter((dt + torch.log(-torch.expm1(-dt))).flatten())  # softplus^-1
 
@@ -94,10 +96,9 @@ class DecayGate(nn.Module):
         """a [..., H * channels] -> g [..., H] or [..., H, channels], float32 at least."""
         exact = torch.promote_types(self.A_log.dtype, torch.float32)
         rate = F.softplus(a.to(exact) + self.dt_bias.to(exact))
-        heads = len(self.A_log)
-        if rate.shape[-1] == heads:
+        if self.channels is None:
             return -self.A_log.to(exact).exp() * rate
-        return -self.A_log.to(exact).exp()[:, None] * rate.unflatten(-1, (heads, -1))
+        return -self.A_log.to(exact).exp()[:, None] * rate.unflatten(-1, (-1, self.channels))
 
 
 class LinearMixer(Stateful):
@@ -177,3 +178,37 @@ class LinearMixer(Stateful):
     ) -> tuple[Tensor, State]:
         """What `forward` equals: position by position, by the operator's definition."""
         return reference(self, x, state, mask)
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """key_size, value_size: of a head, None: the memory's own. conv_size: positions that the
+    convolution before queries, keys and values sees; 0: none. negative_eigenvalues: a correction
+    may go beyond the new value, which counting and state tracking need."""
+
+    hidden_size: int
+    num_heads: int
+    key_size: int | None = None
+    value_size: int | None = None
+    conv_size: int = 4
+    negative_eigenvalues: bool = False
+
+    def __post_init__(self) -> None:
+        check_sizes(self, conv_size=0)
+
+
+class DeltaMixer(LinearMixer):
+    """Written by the delta rule: queries and keys of length 1, and beta = sigmoid(Wb x), twice that
+    with `negative_eigenvalues` (arXiv 2411.12537)."""
+
+    config: DeltaConfig
+
+    def __init__(self, config: DeltaConfig, key_size: int, value_size: int, *, gate: bool = True):
+        super().__init__(config, key_size, value_size, conv_size=config.conv_size, gate=gate)
+        self.beta = nn.Linear(config.hidden_size, config.num_heads, bias=False)
+
+    def vectors(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, ...]:
+        return unit(q), unit(k), v
+
+    def strength(self, x: Tensor) -> Tensor | None:
+        return self.beta(x).sigmoid() * (2 if self.config.negative_eigenvalues else 1)

@@ -145,6 +145,38 @@ def overwriting(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/be
     print(f"chance {config.task().chance:.3f}; written to {out}")
 
 
+def hybrid(
+    *kinds: str,
+    recipe: str = "hybrid_language",
+    changes: Annotated[tuple[str, ...], Parameter(name="--set", negative=())] = (),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    out: Path = Path("runs/bench"),
+) -> None:
+    """What attention in one layer of four adds to linear layers: recall, and bits per byte.
+
+    Recall of four times as many pairs as a key is wide by every linear kind, pure and with one
+    attention layer in four; then one kind on a text at several ratios, at equal parameters. What is
+    finished in the folder is not trained again.
+
+    Parameters
+    ----------
+    kinds
+        Linear kinds for the recall; all of them if left out.
+    recipe
+        The text, its training and the model's width; its first layer is the kind that reads.
+    changes
+        section.key=value, over what the recipe says; may be repeated.
+    seeds
+        One training each; --seeds 0 --seeds 1 for two.
+    out
+        The folder that hybrid.json and hybrid.png are written to, beside what is finished.
+    """
+    from everlong import recipes
+    from everlong.cli.families import bench_hybrid
+
+    bench_hybrid(recipes.load(recipe, changes), kinds, seeds, out, _say)
+
+
 def mixture(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench")) -> None:
     """Mixture-of-Memories: room for pairs at equal cost and equal bytes; streams to keep apart.
 

@@ -1,4 +1,4 @@
-"""`everlong bench language`: each memory's own model, one text, one training, equal parameters."""
+"""`everlong bench language` and `bench hybrid`: one text, one training, equal parameters."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,8 +25,7 @@ def bench_language(
     say: Callable[[str], None],
 ) -> None:
     """Train what is missing in `out`, then the table, the JSON and the picture."""
-    if recipe.task:
-        raise UserError(f"{recipe.origin} trains on a generated task: name one that reads a text")
+    _reads_a_text(recipe)
     git_sha()  # that of the code which is loaded now
     check_counts("seeds", tuple(seeds))
     texts = load_texts(recipe.data)
@@ -34,8 +33,6 @@ def bench_language(
     first = model_config(recipe, texts)
     wanted = build(first, 0).num_parameters()
     shared = TrainConfig(**recipe.train)
-    if shared.segment_length is None:
-        raise UserError(f"{recipe.origin}: give train.segment_length, the same for every memory")
     names = tuple(dict.fromkeys(names)) or list_memories(bounded=True)
     configs = {}
     for name in names:
@@ -58,12 +55,55 @@ def bench_language(
             rows.append(row)
     if not rows:
         raise UserError("every training diverged: lower train.learning_rate")
-    _table(rows)
+    _table(families.summary(rows), "memory")
     for each in diverged:
         print(f"{each['name']}, seed {each['seed']}: {each['error']}")
     about = {"recipe": recipe.table(), "models": {n: c.to_diff_dict() for n, c in configs.items()}}
     families.write(out / "language.json", about, rows, diverged, "everlong bench language")
     print(f"{wanted:,} parameters, {len(seeds)} seeds; written to {out}")
+
+
+def bench_hybrid(
+    recipe: Recipe,
+    kinds: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Recall by kind and form, language by ratio: what is missing in `out` is trained."""
+    from everlong.cli.recall import accuracy_table
+    from everlong.evaluation import hybrid
+    from everlong.registry import suggest
+
+    _reads_a_text(recipe)
+    git_sha()  # that of the code which is loaded now
+    check_counts("seeds", tuple(seeds))
+    for kind in kinds:
+        if kind not in hybrid.KINDS:
+            known = f" (there are {', '.join(hybrid.KINDS)})"
+            raise UserError(f"no linear kind {kind!r}{suggest(kind, hybrid.KINDS)}{known}")
+    kinds, seeds = tuple(dict.fromkeys(kinds)) or hybrid.KINDS, tuple(dict.fromkeys(seeds))
+    texts = load_texts(recipe.data)
+    both, config = (texts.train, texts.validation), model_config(recipe, texts)
+    options, reader = TrainConfig(**recipe.train), config.layer_names[0]
+    run, place = hybrid.HybridRun(), out / "hybrid"
+    recalled = hybrid.recall(run, kinds, seeds, place, say)
+    try:
+        read = hybrid.language(config, reader, recipe.data, both, options, seeds, place, say)
+    except Interrupted as stop:
+        raise Interrupted(stop.exit_code - 128, stop.step, "the same command") from None
+    accuracy_table(hybrid.recall_summary(recalled), "form", "recall, by layers")
+    _table(hybrid.language_summary(read), "linear : attention")
+    about = {"recipe": recipe.table()}
+    hybrid.write(out / "hybrid.json", run, about, reader, recalled, read)
+    print(f"chance {run.task(run.pairs).chance:.3f}, {len(seeds)} seeds; written to {out}")
+
+
+def _reads_a_text(recipe: Recipe) -> None:
+    if recipe.task:
+        raise UserError(f"{recipe.origin} trains on a generated task: name one that reads a text")
+    if recipe.train.get("segment_length") is None:
+        raise UserError(f"{recipe.origin}: give train.segment_length, the same for every memory")
 
 
 def _contender(base: Recipe, name: str) -> Recipe:
@@ -97,15 +137,15 @@ def _changes(before: Table | None, after: Table | None) -> Table:
     return {k: v for k, v in after.items() if k != "name" and v != before.get(k)}
 
 
-def _table(rows: Sequence[families.Row]) -> None:
+def _table(rows: Sequence[families.Row], title: str) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    table.add_column("memory")
+    table.add_column(title)
     columns = ("bits per byte", "gain over wiped", "bytes of state", "tokens/s", "parameters")
     for column in columns:
         table.add_column(column, justify="right")
-    for row in families.summary(rows):
+    for row in rows:
         spread = "" if row["interval"] is None else f" ± {row['interval']:.3f}"
         table.add_row(
             row["name"],

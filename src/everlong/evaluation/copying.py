@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from everlong.evaluation.curriculum import until_learnt
 from everlong.evaluation.recall import Subject, accuracy, build, fit, summary
 from everlong.models.hub import EverlongForCausalLM
 from everlong.provenance import write_results
@@ -19,7 +20,6 @@ from everlong.tasks.copying import CopyBatch, CopyConfig, make_batch
 
 SUBJECTS = ("rmt", "transformer_xl")
 _HELD_OUT, _WATCHED = 1_000_003, 2_000_003  # added to a seed: items of other streams
-_LEARNT, _SOLVED = 0.9, 0.998  # a stage ends, the training ends
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ def batches(
     model: EverlongForCausalLM, run: CopyRun, seed: int, curriculum: bool
 ) -> Iterator[CopyBatch]:
     """Training batches until `model`, which is trained between two of them, copies full sources."""
-    longest = 1 if curriculum else run.source_segments
-    for step in range(run.steps):
-        if step and step % run.watch_every == 0:
-            watched = _accuracy(model, run, longest, seed + _WATCHED, run.watch_items)
-            if longest < run.source_segments:
-                longest += watched >= _LEARNT
-            elif watched >= _SOLVED:
-                return
+    stages = range(1 if curriculum else run.source_segments, run.source_segments + 1)
+
+    def batch(longest: int, step: int) -> CopyBatch:
         first = step * run.batch_size
         task = run.task(1 if curriculum else longest, longest)
-        yield make_batch(task, seed, range(first, first + run.batch_size))
+        return make_batch(task, seed, range(first, first + run.batch_size))
+
+    def score(longest: int) -> float:
+        return _accuracy(model, run, longest, seed + _WATCHED, run.watch_items)
+
+    return until_learnt(stages, run.steps, run.watch_every, batch, score)
 
 
 def _accuracy(

@@ -153,6 +153,53 @@ def plot_cost(rows: Iterable[Mapping[str, Any]], clock: str, png: Path) -> None:
     figure.savefig(png, dpi=120)
 
 
+def plot_hybrid(
+    recalled: Iterable[Mapping[str, Any]],
+    read: Iterable[Mapping[str, Any]],
+    chance: float,
+    kind: str,
+    png: Path,
+) -> None:
+    """Left the recall of each linear kind by form, right bits per byte of `kind` over ratios, with
+    the bytes of one stream's state; means and 95 % intervals over seeds."""
+    forms: dict[str, list[Mapping[str, Any]]] = {}
+    for row in recalled:
+        forms.setdefault(row["form"], []).append(row)
+    read = list(read)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for index, (form, points) in enumerate(forms.items()):
+        aside = 0.2 * (index - (len(forms) - 1) / 2)
+        left.errorbar(
+            [place + aside for place in range(len(points))],
+            [point["mean"] for point in points],
+            [point["interval"] or 0 for point in points],
+            label=form,
+            fmt="osv^D"[index],
+            capsize=3,
+        )
+        left.set_xticks(range(len(points)), [point["name"] for point in points], rotation=30)
+    left.axhline(chance, color="tab:gray", linestyle=":", label="chance")
+    left.set_ylim(0, 1.04)
+    left.set_ylabel("recall of 4 times as many pairs as a key is wide")
+    left.legend(fontsize=8)
+    bits = [row["bits_per_byte"] for row in read]
+    right.errorbar(
+        range(len(read)), bits, [row["interval"] or 0 for row in read], fmt="o-", capsize=3
+    )
+    names = [f"{row['name']}\n{row['state_bytes'] / 1024:,.0f} KiB" for row in read]
+    right.set_xticks(range(len(read)), names)
+    right.set_xlabel("linear layers to attention, and one stream's state")
+    right.set_ylabel("bits per byte: lower is better")
+    right.set_title(f"language, {kind}", fontsize=10)
+    if bits:
+        middle = (min(bits) + max(bits)) / 2
+        right.set_ylim(middle - 0.25, middle + 0.25)  # a wide window: flat shall look flat
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(png, dpi=120)
+
+
 def _smooth(values: list[float]) -> np.ndarray:
     """Means over a window around each value, a twentieth of the run wide, cut at both ends."""
     kernel = np.ones(2 * (len(values) // 40) + 1)

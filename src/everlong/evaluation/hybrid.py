@@ -1,0 +1,255 @@
+"""What one attention layer in four gives to linear layers, and what it costs.
+
+Recall: as many pairs as four times the width of a key (tasks/mqar), by stacks of four layers, all
+of one linear kind or the last of them attention, behind one short convolution over the embeddings,
+which only lets a value's position see its key; trained by a curriculum. Language: eight layers of
+one width at equal parameters, at several ratios of linear layers to attention.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from everlong.evaluation import families
+from everlong.evaluation.cells import cell
+from everlong.evaluation.curriculum import until_learnt
+from everlong.evaluation.recall import Subject, build, fit
+from everlong.evaluation.recall import summary as by_name
+from everlong.evaluation.report import plot_hybrid
+from everlong.mixers.linear import ShortConvolution
+from everlong.models import sizing
+from everlong.models.config import EverlongConfig
+from everlong.models.hub import EverlongForCausalLM
+from everlong.provenance import git_sha, write_results
+from everlong.recipes import Data
+from everlong.registry import check_types, memory_entry
+from everlong.stack import Block, Stack
+from everlong.state import State
+from everlong.stateful import Stateful, Trace
+from everlong.tasks.mqar import MqarBatch, MqarConfig, make_batch
+from everlong.tasks.text import Documents
+from everlong.training.config import TrainConfig
+
+KINDS = (
+    "linear_attention",
+    "retnet",
+    "gla",
+    "hgrn",
+    "hgrn2",
+    "deltanet",
+    "gated_deltanet",
+    "kda",
+)
+PURE, HYBRID = "pure", "one attention layer in four"
+FORMS = {PURE: 0, HYBRID: 1}  # attention layers of the four
+RATIOS = {"pure": 0, "7:1": 1, "3:1": 2, "1:1": 4, "attention": 8}  # attention layers of eight
+_LAYERS = 8
+_HELD_OUT, _WATCHED = 1_000_003, 2_000_003  # added to a seed: items of other streams
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HybridRun:
+    """Recall of 4 `key_size` pairs, in stages of 2, 4, 8 ... pairs; `steps` are the most of one
+    training. A stage ends when it is learnt, or when half of the steps left are spent on it."""
+
+    steps: int = 1600
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    hidden_size: int = 32
+    num_heads: int = 4
+    key_size: int = 4  # of a head; values are hidden_size / num_heads wide
+    vocab_size: int = 64
+    watch_every: int = 25
+    watch_items: int = 64
+    test_items: int = 512
+
+    def __post_init__(self) -> None:
+        """`ValueError`, naming the option, for a wrong type or an impossible value."""
+        check_types(HybridRun, vars(self), "hybrid")
+        for name, value in vars(self).items():
+            if name != "learning_rate" and value < 1:
+                raise ValueError(f"{name} is {value}: give 1 or more")
+        if self.learning_rate <= 0:
+            raise ValueError("learning_rate must be above 0")
+        self.task(self.pairs)
+
+    @property
+    def pairs(self) -> int:
+        return 4 * self.key_size
+
+    def task(self, pairs: int) -> MqarConfig:
+        """Every key is asked for; eight fillers stand between the questions."""
+        return MqarConfig(3 * pairs + 8, pairs, vocab_size=self.vocab_size)
+
+
+class Convolution(Stateful):
+    """A short convolution between two maps: the layer below both forms. State: its tail."""
+
+    def __init__(self, width: int, size: int = 4):
+        super().__init__()
+        self.hidden_size = width
+        self.inner, self.out = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.convolution = ShortConvolution(width, size)
+
+    def init_state(self, batch_size, *, device=None, dtype=None) -> State:
+        device, dtype = self._defaults(device, dtype)
+        return {"tail": self.convolution.tail(batch_size, device, dtype)}
+
+    def run(
+        self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
+    ) -> tuple[Tensor, State]:
+        y, tail = self.convolution(self.inner(x), state["tail"], lengths)
+        return self.out(y), {"tail": tail}
+
+
+def model_of(kind: str, form: str, run: HybridRun, seed: int) -> EverlongForCausalLM:
+    """Five layers: the convolution, and four of the form."""
+    attention = FORMS[form]
+    layers = ("sliding_attention", *[kind] * (4 - attention), *["attention"] * attention)
+    options = {"key_size": run.key_size} if "key_size" in memory_entry(kind).fields else {}
+    subject = Subject(5, None, {kind: options}, layers, intermediate_size=2 * run.hidden_size)
+    model = build(subject, run.task(run.pairs), run, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        cast(Block, cast(Stack, model.body.core).blocks[0]).mixer = Convolution(run.hidden_size)
+    return model
+
+
+@torch.no_grad()
+def accuracy(model: EverlongForCausalLM, task: MqarConfig, seed: int, items: int) -> float:
+    """Share of the questions answered on items (seed, 0 ...)."""
+    model.eval()
+    batch = make_batch(task, seed, range(items))
+    logits, _ = model.stream(batch.inputs)
+    model.train()
+    return float(batch.correct(logits).float().mean())
+
+
+def batches(model: EverlongForCausalLM, run: HybridRun, seed: int) -> Iterator[MqarBatch]:
+    """Training batches until `model` recalls all pairs, or `steps` of them."""
+    stages = [pairs for i in range(1, 64) if (pairs := 2**i) < run.pairs] + [run.pairs]
+
+    def batch(pairs: int, step: int) -> MqarBatch:
+        first = step * run.batch_size
+        return make_batch(run.task(pairs), seed, range(first, first + run.batch_size))
+
+    def score(pairs: int) -> float:
+        return accuracy(model, run.task(pairs), seed + _WATCHED, run.watch_items)
+
+    return until_learnt(stages, run.steps, run.watch_every, batch, score, hurry=True)
+
+
+def recall(
+    run: HybridRun,
+    kinds: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Every kind in both forms over the seeds, a file of `folder` each, made once: rows of name,
+    form, seed, accuracy and steps (made); `say` is told of each."""
+    rows = []
+    for seed in seeds:
+        for kind in kinds:
+            for form in FORMS:
+
+                def result(kind: str = kind, form: str = form, seed: int = seed) -> Any:
+                    model, steps = model_of(kind, form, run, seed), [0]
+                    given = batches(model, run, seed)
+                    length = run.task(run.pairs).length
+                    fit(
+                        model,
+                        given,
+                        length,
+                        run.learning_rate,
+                        on_step=lambda step, _: steps.append(step),
+                    )
+                    task = run.task(run.pairs)
+                    found = accuracy(model, task, seed + _HELD_OUT, run.test_items)
+                    return {"accuracy": found, "steps": steps[-1], "git": git_sha()}
+
+                file = f"{kind}-{FORMS[form]}-{seed}.json"
+                about = {"run": asdict(run), "form": form}
+                found = cell(folder / file, about, result)
+                say(
+                    f"{kind}, {form}, seed {seed}: {found['accuracy']:.3f} ({found['steps']} steps)"
+                )
+                rows.append({"name": kind, "form": form, "seed": seed, **found})
+    return rows
+
+
+def language_config(config: EverlongConfig, kind: str, ratio: str) -> EverlongConfig:
+    """Eight layers as wide as `config`'s, as many of them attention as `RATIOS` says; as many
+    parameters as all of them being of the kind."""
+
+    def layers(attention: int) -> EverlongConfig:
+        linear = (_LAYERS - attention) // max(1, attention)
+        pattern = [kind] * linear + ["attention"] * min(1, attention)
+        return EverlongConfig(
+            **{key: getattr(config, key) for key in _KEPT}, num_layers=_LAYERS, layers=pattern
+        )
+
+    wanted = sizing.build(layers(0), 0).num_parameters()
+    return sizing.with_parameters(layers(RATIOS[ratio]), wanted)
+
+
+_KEPT = ("vocab_size", "hidden_size", "num_heads", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def language(
+    config: EverlongConfig,
+    kind: str,
+    data: Data,
+    texts: tuple[Documents, Documents],
+    options: TrainConfig,
+    seeds: Sequence[int],
+    folder: Path,
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Rows of `families.measure`, one a ratio and seed, whose name is the ratio."""
+    configs = {ratio: language_config(config, kind, ratio) for ratio in RATIOS}
+    rows = []
+    for seed in seeds:
+        for ratio, model in configs.items():
+            place = folder / f"{kind}-{RATIOS[ratio]}-{seed}"
+            row = families.measure(ratio, model, data, texts, replace(options, seed=seed), place)
+            say(f"{ratio}, seed {seed}: {row['bits_per_byte']:.3f} bits per byte")
+            rows.append(row)
+    return rows
+
+
+def recall_summary(rows: Sequence[Row]) -> list[Row]:
+    """Means over seeds with their intervals, by kind and form."""
+    return by_name(rows, "form")
+
+
+def language_summary(rows: Sequence[Row]) -> list[Row]:
+    """As `families.summary`, in the order of the ratios."""
+    order = list(RATIOS)
+    return sorted(families.summary(rows), key=lambda row: order.index(row["name"]))
+
+
+def write(
+    path: Path,
+    run: HybridRun,
+    config: Mapping[str, Any],
+    kind: str,
+    recalled: Sequence[Row],
+    read: Sequence[Row],
+) -> None:
+    """Rows and summaries as JSON with provenance, and the picture beside it."""
+    found = recall_summary(recalled), language_summary(read)
+    write_results(
+        path,
+        "everlong bench hybrid",
+        {"recall": asdict(run), "language": {"kind": kind, **config}},
+        summary={"recall": found[0], "language": found[1]},
+        rows={"recall": list(recalled), "language": list(read)},
+    )
+    chance = run.task(run.pairs).chance
+    plot_hybrid(*found, chance, kind, path.with_suffix(".png"))

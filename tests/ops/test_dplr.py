@@ -30,7 +30,9 @@ def everything(form, inputs):
     """Outputs, the last state, and the gradients of a loss that weighs every entry of both."""
     inputs = [part.detach().clone().requires_grad_() for part in inputs]
     found = form(*inputs)
-    loss = sum((y * torch.linspace(0.5, 2, y.numel()).view_as(y)).sum() for y in found)
+    loss = sum(
+        (y * torch.linspace(0.5, 2, y.numel(), device=y.device).view_as(y)).sum() for y in found
+    )
     return [y.detach() for y in found] + list(torch.autograd.grad(loss, inputs))
 
 

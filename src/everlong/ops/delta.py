@@ -1,11 +1,12 @@
 """Special forms of the DPLR state, with less to compute: no correction, and the delta rule.
 
-Shapes, signatures and what `lengths` does are those of `everlong.ops.dplr`.
+Shapes, signatures, what `lengths` does and where kernels serve are those of `everlong.ops.dplr`.
 """
 
 import torch
 from torch import Tensor
 
+from everlong.ops import kernels
 from everlong.ops.chunks import (
     CHUNK,
     SOLVED_CHUNK,
@@ -39,8 +40,12 @@ def linear_attention(
     length, dtype = v.shape[1], v.dtype
     if length == 1:  # a chunk of one position is the loop
         return dplr_reference(q, k, v, g, None, state, lengths=lengths)
+    served = kernels.serve(q, v, state)
     with torch.autocast(v.device.type, enabled=False):
         state, parts = prepare([q, k, v, g], state, lengths)
+        if served:
+            o, last = kernels.linear_attention(state, *parts)
+            return o.to(dtype), last
         q, k, v, g = (chunked(part, chunk_size) for part in parts)
         (qk,), into, out, total = pairs((q,), (k,), g)
         states, last = carry_sums(state.flatten(0, 1), total, (k * out).mT @ v)
@@ -66,8 +71,12 @@ def delta_rule(
     grows by itself for |k| = 1 and beta in [0, 2].
     """
     length, dtype = v.shape[1], v.dtype
+    served = kernels.serve(q, v, state)
     with torch.autocast(v.device.type, enabled=False):
         state, parts = prepare([q, k, v, g, beta], state, lengths)
+        if served:
+            o, last = kernels.delta_rule(state, *parts)
+            return o.to(dtype), last
         if length == 1:
             q, k, v, g, beta = parts
             low_rank = expand_like(g, k).exp() * k, -beta[..., None] * k

@@ -15,12 +15,16 @@ All forms take q, k [B, T, H, K], v [B, T, H, V], the log decay g <= 0 as [B, T,
 [B, T, H, K] (one a key channel), and the state [B, H, K, V]; they return o [B, T, H, V] in v's
 dtype and the new state, float32 at least, in which everything is computed. With `lengths` Int [B],
 positions behind a row's length neither decay nor write, and their o is 0.
+
+The chunked forms serve all tensors, but for one choice by device and dtype: CUDA tensors in
+bfloat16 go through the kernels of the extra `gpu` where it is installed (`everlong.ops.kernels`).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from everlong.ops import kernels
 from everlong.ops.chunks import SOLVED_CHUNK, carry, chunked, pairs, prepare, solve, whole
 from everlong.ops.ragged import expand_like
 
@@ -70,8 +74,12 @@ def dplr(
     length, dtype = v.shape[1], v.dtype
     if length == 1:  # a chunk of one position is the loop
         return dplr_reference(q, k, v, g, low_rank, state, lengths=lengths)
+    served = kernels.serve(q, v, state)
     with torch.autocast(v.device.type, enabled=False):
         state, parts = prepare([q, k, v, g, *low_rank], state, lengths)
+        if served:
+            o, last = kernels.dplr(state, *parts)
+            return o.to(dtype), last
         q, k, v, g, a, b = (chunked(part, chunk_size) for part in parts)
         # a reads what the position before it left: its pairs are those of a query there
         ahead = F.pad(a[..., 1:, :], (0, 0, 0, 1))

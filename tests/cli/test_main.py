@@ -1,5 +1,6 @@
 """The command itself: help, errors of one line, the quiet commands, and what a shell does to it."""
 
+import inspect
 import os
 import resource
 import subprocess
@@ -249,3 +250,15 @@ def test_nothing_is_written_to_a_full_standard_output_in_silence(tmp_path):
     assert done.returncode == 2
     assert "No space left" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_every_benchmark_is_a_command():
+    from everlong import cli
+    from everlong.cli import bench
+
+    functions = {
+        name
+        for name, found in vars(bench).items()
+        if inspect.isfunction(found) and not name.startswith("_")
+    }
+    assert functions == set(cli._BENCHES)

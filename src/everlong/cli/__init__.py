@@ -22,6 +22,7 @@ _BENCHES = {
     "copy": "Copy a source across segments: tokens that recur against a cache.",
     "delayed": "Recall the first symbol after long delays: Stable Hadamard Memory and a GRU.",
     "overwriting": "Recall of overwritten values: the update rules of the linear family.",
+    "hybrid": "Linear layers with attention in one of four: recall, and bits per byte by ratio.",
     "mixture": "Mixture-of-Memories: what it keeps at equal cost and at equal bytes of state.",
     "language": "Every memory on a text at equal parameters: bits per byte, bytes of state.",
     "cost": "Every memory's time a token and bytes of state against stream length.",

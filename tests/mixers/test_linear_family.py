@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import everlong
 from everlong import state as states
 from everlong.evaluation.cost import growing_bytes
+from everlong.mixers import linear
 from everlong.training.config import TrainConfig, make_optimizer
 
 H, D = 2, 12
@@ -132,6 +133,35 @@ def test_a_layer_computes_its_equations(name):
     wanted, last = expected(name, memory, x)
     torch.testing.assert_close(y, wanted, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(state["memory"], last, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("name", [*KINDS, "mom"])
+def test_long_calls_are_read_in_spans(name, ragged, monkeypatch):
+    """The same values and gradients, and no piece that is longer."""
+    memory, x = make(name), noise(2, 37, D).requires_grad_()
+    mask = torch.arange(37) < torch.tensor([[37], [19]]) if ragged else None
+    state = states.detach(memory(noise(2, 5, D, seed=2))[1])
+
+    def everything():
+        y, after = memory(x, state, mask=mask)
+        leaves = [leaf for leaf in states.leaves(after) if leaf.is_floating_point()]
+        loss = y.square().sum() + sum(leaf.square().sum() for leaf in leaves)
+        given = [x, *(part for part in memory.parameters() if part.requires_grad)]
+        return [y, *leaves, *torch.autograd.grad(loss, given, allow_unused=True)]
+
+    whole, seen = everything(), []
+    if hasattr(memory, "_span"):
+        read = memory._span
+        monkeypatch.setattr(linear, "SPAN", 16)
+        monkeypatch.setattr(
+            memory, "_span", lambda x, *rest: seen.append(x.shape[1]) or read(x, *rest)
+        )
+    for found, wanted in zip(everything(), whole, strict=True):
+        assert (found is None) == (wanted is None)
+        if wanted is not None:
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert seen == ([16, 16, 5] if name != "hgrn" else [])  # whose scan is flat as it is
 
 
 def test_the_study_s_linear_attention_is_a_plain_sum_behind_a_norm():

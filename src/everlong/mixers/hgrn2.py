@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong.mixers.hgrn import ForgetGate, check_layer
-from everlong.mixers.linear import EPS, check_sizes, normed, reference
+from everlong.mixers.linear import EPS, by_spans, check_sizes, normed, reference
 from everlong.ops.delta import linear_attention
 from everlong.registry import register
 from everlong.state import State
@@ -80,6 +80,9 @@ class HGRN2(Stateful):
     def run(
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
     ) -> tuple[Tensor, State]:
+        return by_spans(self._span, (x,), state, lengths)
+
+    def _span(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
         parts = F.silu(self.query(x)), self.forget(self.rate(x)), self.value(x)
         exact = state["memory"].dtype
         q, g, v = (part.to(exact).unflatten(-1, (self.num_heads, -1)) for part in parts)

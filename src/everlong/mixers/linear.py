@@ -4,6 +4,7 @@ B batch, T time, D hidden_size, H heads, K key_size and V value_size (of a head)
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from everlong.state import State
 from everlong.stateful import Stateful, Trace
 
 EPS = 1e-6  # inside every norm
+SPAN = 2048  # positions that are read at once on a CPU
 
 
 def check_sizes(config: Any, **least: int) -> None:
@@ -61,6 +63,29 @@ def reference(
         y, after = memory.run(x_t, state, None, None)
         state = states.where(here, after, state)
         outputs.append(torch.where(here[:, None, None], y, 0))
+    return torch.cat(outputs, 1), state
+
+
+def by_spans(
+    read: Callable[..., tuple[Tensor, State]],
+    rows: Sequence[Tensor],
+    state: State,
+    lengths: Tensor | None,
+) -> tuple[Tensor, State]:
+    """`read(*rows, state, lengths)` for rows [B, T, ...]; on a CPU SPAN positions at a time.
+
+    The same result: longer buffers are taken from the system and given back every time there, page
+    by page, which costs up to two thirds of what is computed in them.
+    """
+    if rows[0].shape[1] <= SPAN or rows[0].device.type != "cpu":
+        return read(*rows, state, lengths)
+    outputs, start = [], 0
+    for part in zip(*(row.split(SPAN, 1) for row in rows), strict=True):
+        length = part[0].shape[1]
+        left = None if lengths is None else (lengths - start).clamp(0, length)
+        y, state = read(*part, state, left)
+        outputs.append(y)
+        start += length
     return torch.cat(outputs, 1), state
 
 
@@ -155,6 +180,9 @@ class LinearMixer(Stateful):
     def run(
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
     ) -> tuple[Tensor, State]:
+        return by_spans(self._span, (x,), state, lengths)
+
+    def _span(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
         qkv, after = self.qkv(x), dict(state)
         if self.convolution is not None:
             qkv, after["tail"] = self.convolution(qkv, state["tail"], lengths)

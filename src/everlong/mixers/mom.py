@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong import state as states
-from everlong.mixers.linear import EPS, DecayGate, ShortConvolution, check_sizes, normed, unit
+from everlong.mixers.linear import (
+    EPS,
+    DecayGate,
+    ShortConvolution,
+    by_spans,
+    check_sizes,
+    normed,
+    unit,
+)
 from everlong.ops.delta import delta_rule, linear_attention
 from everlong.ops.groups import groups, pieces, take
 from everlong.ops.ragged import expand_like, valid_positions
@@ -161,10 +169,16 @@ class MoM(Stateful):
     def run(
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
     ) -> tuple[Tensor, State]:
-        real = None if lengths is None else valid_positions(lengths, x.shape[1])
         p, weights, chosen = self.route(x)
         if trace is not None:
+            real = None if lengths is None else valid_positions(lengths, x.shape[1])
             self._tell(trace, p, chosen, real)
+        return by_spans(self._span, (x, weights, chosen), state, lengths)
+
+    def _span(
+        self, x: Tensor, weights: Tensor, chosen: Tensor, state: State, lengths: Tensor | None
+    ) -> tuple[Tensor, State]:
+        real = None if lengths is None else valid_positions(lengths, x.shape[1])
         q, after_q = self._queries(x, state, lengths)
         o, after = self._routed(x, q, chosen, real, state)
         more, after_shared = self._common(x, q, state, lengths)

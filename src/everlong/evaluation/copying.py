@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from everlong.evaluation.curriculum import until_learnt
-from everlong.evaluation.recall import Subject, accuracy, build, fit, summary
+from everlong.evaluation.recall import HELD_OUT, WATCHED, Subject, accuracy, build, fit, summary
 from everlong.models.hub import EverlongForCausalLM
 from everlong.provenance import write_results
 from everlong.registry import check_types
 from everlong.tasks.copying import CopyBatch, CopyConfig, make_batch
 
 SUBJECTS = ("rmt", "transformer_xl")
-_HELD_OUT, _WATCHED = 1_000_003, 2_000_003  # added to a seed: items of other streams
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def batches(
         return make_batch(task, seed, range(first, first + run.batch_size))
 
     def score(longest: int) -> float:
-        return _accuracy(model, run, longest, seed + _WATCHED, run.watch_items)
+        return _accuracy(model, run, longest, seed + WATCHED, run.watch_items)
 
     return until_learnt(stages, run.steps, run.watch_every, batch, score)
 
@@ -121,7 +120,7 @@ def measure(
                 )
                 found = {
                     k * config.segment_length: _accuracy(
-                        model, config, k, seed + _HELD_OUT, config.test_items
+                        model, config, k, seed + HELD_OUT, config.test_items
                     )
                     for k in range(1, config.source_segments + 1)
                 }

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from everlong.evaluation.recall import check_counts, summary
+from everlong.evaluation.recall import HELD_OUT, check_counts, summary
 from everlong.models.config import EverlongConfig
 from everlong.models.hub import EverlongForCausalLM
 from everlong.provenance import write_results
@@ -30,7 +30,6 @@ from everlong.tasks.recall import IGNORED
 
 SUBJECTS = ("random theta", "fixed theta", "no calibration", "GRU")
 _THETA = {"random theta": "random", "fixed theta": "fixed", "no calibration": "none"}
-_HELD_OUT = 1_000_003  # added to a seed: test items are another stream
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,8 @@ def accuracy(
 ) -> tuple[float, float]:
     """Shares of held-out items of this delay: answered, and with finite logits at the query."""
     task = CopyFirstConfig(min_delay=delay, max_delay=delay)
-    batch = make_batch(task, seed + _HELD_OUT, range(run.test_items))
-    state = fresh_state(model, _HELD_OUT, run.test_items)
+    batch = make_batch(task, seed + HELD_OUT, range(run.test_items))
+    state = fresh_state(model, HELD_OUT, run.test_items)
     logits, _ = model.stream(batch.inputs, state, batch.mask)
     finite = logits[:, delay + 1].isfinite().all(-1)  # one query place: all items are as long
     return float((batch.correct(logits) & finite).float().mean()), float(finite.float().mean())

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from everlong.evaluation import families
 from everlong.evaluation.cells import cell
 from everlong.evaluation.curriculum import until_learnt
-from everlong.evaluation.recall import Subject, build, fit
+from everlong.evaluation.recall import HELD_OUT, WATCHED, Subject, build, fit
+from everlong.evaluation.recall import accuracy as answered
 from everlong.evaluation.recall import summary as by_name
 from everlong.evaluation.report import plot_hybrid
 from everlong.mixers.linear import ShortConvolution
@@ -48,7 +49,6 @@ PURE, HYBRID = "pure", "one attention layer in four"
 FORMS = {PURE: 0, HYBRID: 1}  # attention layers of the four
 RATIOS = {"pure": 0, "7:1": 1, "3:1": 2, "1:1": 4, "attention": 8}  # attention layers of eight
 _LAYERS = 8
-_HELD_OUT, _WATCHED = 1_000_003, 2_000_003  # added to a seed: items of other streams
 Row = dict[str, Any]
 
 
@@ -120,14 +120,12 @@ def model_of(kind: str, form: str, run: HybridRun, seed: int) -> EverlongForCaus
     return model
 
 
-@torch.no_grad()
 def accuracy(model: EverlongForCausalLM, task: MqarConfig, seed: int, items: int) -> float:
     """Share of the questions answered on items (seed, 0 ...)."""
     model.eval()
-    batch = make_batch(task, seed, range(items))
-    logits, _ = model.stream(batch.inputs)
+    found = answered(model, make_batch(task, seed, range(items)), task.length)
     model.train()
-    return float(batch.correct(logits).float().mean())
+    return found
 
 
 def batches(model: EverlongForCausalLM, run: HybridRun, seed: int) -> Iterator[MqarBatch]:
@@ -139,7 +137,7 @@ def batches(model: EverlongForCausalLM, run: HybridRun, seed: int) -> Iterator[M
         return make_batch(run.task(pairs), seed, range(first, first + run.batch_size))
 
     def score(pairs: int) -> float:
-        return accuracy(model, run.task(pairs), seed + _WATCHED, run.watch_items)
+        return accuracy(model, run.task(pairs), seed + WATCHED, run.watch_items)
 
     return until_learnt(stages, run.steps, run.watch_every, batch, score, hurry=True)
 
@@ -170,7 +168,7 @@ def recall(
                         on_step=lambda step, _: steps.append(step),
                     )
                     task = run.task(run.pairs)
-                    found = accuracy(model, task, seed + _HELD_OUT, run.test_items)
+                    found = accuracy(model, task, seed + HELD_OUT, run.test_items)
                     return {"accuracy": found, "steps": steps[-1], "git": git_sha()}
 
                 file = f"{kind}-{FORMS[form]}-{seed}.json"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong import state as states
-from everlong.evaluation.recall import Subject, build, check_counts, fit, summary
+from everlong.evaluation.recall import HELD_OUT, Subject, build, check_counts, fit, summary
 from everlong.mixers.mom import MoM
 from everlong.models.hub import EverlongForCausalLM
 from everlong.ops.delta import delta_rule
@@ -30,7 +30,6 @@ from everlong.stack import Block, Stack
 from everlong.stateful import Trace
 from everlong.tasks.streams_of_pairs import StreamsConfig, make_batch
 
-_HELD_OUT = 1_000_003  # added to a seed: test items are another stream
 _TOLD = "MoM, 1 of 2, told the streams"
 
 
@@ -165,7 +164,7 @@ def test(model: EverlongForCausalLM, run: MixtureRun, pairs: int, seed: int) -> 
     router keeps the streams apart, the share of choices that go to memories where their stream has
     the majority (1: apart)."""
     task = replace(run.task, num_pairs=pairs)
-    batch, trace = make_batch(task, seed + _HELD_OUT, range(run.test_items)), Trace()
+    batch, trace = make_batch(task, seed + HELD_OUT, range(run.test_items)), Trace()
     logits, _ = model.stream(batch.inputs, None, None, trace)
     chosen = trace.records["routed"][0]
     apart = separation(chosen, task.streams()[batch.inputs], task.num_streams)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from everlong.evaluation.cells import cell
-from everlong.evaluation.recall import Subject, build, fit, summary
+from everlong.evaluation.recall import HELD_OUT, Subject, build, fit, summary
 from everlong.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from everlong.models.hub import EverlongForCausalLM
 from everlong.provenance import git_sha, write_results
@@ -31,7 +31,6 @@ RULES = {  # decay, and whether writes correct
     "correction (DeltaNet)": ("none", True),
 }
 _FIXED = math.log(1 - 2.0**-5)  # RetNet's first head
-_HELD_OUT = 1_000_003  # added to a seed: test items are another stream
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def accuracy(
 ) -> dict[str, float]:
     """Share of the questions answered on held-out items: `all` of them, and where there are such
     those for keys that were `overwritten`."""
-    batch = make_batch(task, seed + _HELD_OUT, range(items))
+    batch = make_batch(task, seed + HELD_OUT, range(items))
     logits, _ = model.eval().stream(batch.inputs)
     found = {"all": float(batch.correct(logits).float().mean())}
     if bool(batch.overwritten.any()):

@@ -25,8 +25,8 @@ from everlong.stateful import Trace
 from everlong.tasks.recall import IGNORED, RecallConfig, make_batch
 from everlong.training.horizon import Horizon
 
+HELD_OUT, WATCHED = 1_000_003, 2_000_003  # added to a seed: items of other streams
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % of Student's t, by number of seeds
-_HELD_OUT = 1_000_003  # added to a seed: test items are another stream
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def measure(
     found = {}
     for count in run.distractors:
         fixed = RecallConfig(**{**asdict(task), "min_distractors": count, "max_distractors": count})
-        batch = make_batch(fixed, seed + _HELD_OUT, range(run.test_items))
+        batch = make_batch(fixed, seed + HELD_OUT, range(run.test_items))
         found[count] = accuracy(model.eval(), batch, task.segment_length, wipe)
     return found
 

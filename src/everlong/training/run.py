@@ -58,6 +58,10 @@ def _is_marked(path: Path) -> bool:
 def read_config(run_dir: Path) -> dict[str, Any]:
     """What `begin` wrote."""
     file = run_dir / "config.json"
+    if not run_dir.is_dir():
+        raise UserError(
+            f"there is no run at {run_dir}: one that was stopped as it began leaves none"
+        )
     try:
         return json.loads(file.read_text("utf-8"))
     except OSError as error:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from everlong.cli import families as command
-from everlong.evaluation import hybrid
+from everlong.errors import Diverged, UserError
+from everlong.evaluation import families, hybrid
 from everlong.evaluation.curriculum import until_learnt
 from everlong.models.config import EverlongConfig
 from everlong.models.sizing import build
@@ -68,7 +69,7 @@ def test_the_convolution_is_a_layer_that_can_be_cut_anywhere():
     assert changed.tolist() == [False] * 5 + [True] * 4  # a position, and the three behind it
 
 
-def test_every_kind_over_the_seeds_is_measured_once(tmp_path):
+def test_every_kind_over_the_seeds_is_measured_once(tmp_path, monkeypatch):
     told = []
     rows = hybrid.recall(TINY, ("gla", "hgrn"), (0, 1), tmp_path, told.append)
     assert [(row["seed"], row["name"], row["form"]) for row in rows] == [
@@ -76,10 +77,14 @@ def test_every_kind_over_the_seeds_is_measured_once(tmp_path):
     ]
     assert {row["steps"] for row in rows} == {2}
     assert len(told) == len(list(tmp_path.iterdir())) == 8
+    assert rows[1]["state_bytes"] > rows[0]["state_bytes"]
+    monkeypatch.setattr(hybrid, "fit", None)  # nothing is trained again
     assert rows == hybrid.recall(TINY, ("gla", "hgrn"), (0, 1), tmp_path, told.append)
     assert {(row["name"], row["form"]) for row in hybrid.recall_summary(rows)} == {
         (kind, form) for kind in ("gla", "hgrn") for form in hybrid.FORMS
     }
+    with pytest.raises(UserError, match="other options"):
+        hybrid.recall(replace(TINY, steps=3), ("gla",), (0,), tmp_path, told.append)
 
 
 def test_attention_alone_learns_what_the_bench_asks(tmp_path):
@@ -93,21 +98,26 @@ def test_attention_alone_learns_what_the_bench_asks(tmp_path):
         if row["form"] == hybrid.HYBRID
     ]
     assert row["accuracy"] >= 0.9
-    assert row["steps"] <= 400
 
 
 def test_ratios_have_equal_parameters_and_the_attention_they_name():
-    config = EverlongConfig(hidden_size=32, num_layers=8, num_heads=2, layers=["gla"])
+    options = {"gla": {"gate_rank": 3}}
+    config = EverlongConfig(
+        hidden_size=32, num_layers=8, num_heads=2, layers=["gla"], mixers=options, dropout=0.1
+    )
     sizes = {}
     for ratio, attention in hybrid.RATIOS.items():
-        model = hybrid.language_config(config, "gla", ratio)
+        model = hybrid.language_config(config, ratio)
+        assert (model.mixers, model.dropout) == (options, 0.1)
         assert model.layer_names.count("attention") == attention
         assert len(model.layer_names) == 8
         sizes[ratio] = build(model, 0).num_parameters()
     assert max(sizes.values()) <= 1.01 * min(sizes.values())
 
 
-def test_the_command_writes_both_parts_and_a_picture(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The command with so many changes of its recipe more."""
     from everlong import recipes
 
     text = tmp_path / "text.txt"
@@ -118,12 +128,69 @@ def test_the_command_writes_both_parts_and_a_picture(tmp_path, monkeypatch, caps
         "train.segment_length=16", "train.warmup_steps=1", "train.batch_size=2",
         "train.checkpoint_every=0",
     )  # fmt: skip
-    recipe = recipes.load("hybrid_language", changes)
-    command.bench_hybrid(recipe, ("gla",), (0,), tmp_path / "out", lambda _: None)
-    found = json.loads((tmp_path / "out" / "hybrid.json").read_text())
+
+    def call(*more, say=lambda _: None):
+        recipe = recipes.load("hybrid_language", (*changes, *more))
+        command.bench_hybrid(recipe, ("gla",), (0,), tmp_path / "out", say)
+        return json.loads((tmp_path / "out" / "hybrid.json").read_text())
+
+    return call
+
+
+def test_the_command_writes_both_parts_and_a_picture(tiny, tmp_path, capsys):
+    found = tiny()
     assert [row["form"] for row in found["summary"]["recall"]] == list(hybrid.FORMS)
     assert [row["name"] for row in found["summary"]["language"]] == list(hybrid.RATIOS)
     growing = [row["state_bytes"] for row in found["summary"]["language"]]
     assert growing[-1] > growing[0]
+    assert list(found["config"]["language"]["models"]) == list(hybrid.RATIOS)
     assert (tmp_path / "out" / "hybrid.png").stat().st_size > 10_000
     assert "one attention layer in four" in capsys.readouterr().out
+    with pytest.raises(UserError, match="other options"):
+        tiny("model.dropout=0.5")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ('model.layers=["attention"]', "one linear kind"),
+        ('model.layers=["gla*3", "attention"]', "one linear kind"),
+        ("model.num_layers=6", "num_layers is 6"),
+        ("model.hidden_size=4", "hidden_size 4"),
+        ("train.device=cuda", "cuda"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(tiny, change, word):
+    told = []
+    with pytest.raises(ValueError, match=word):
+        tiny(change, say=told.append)
+    assert not told
+
+
+def test_a_training_that_diverges_leaves_the_rest(tiny, monkeypatch, capsys):
+    measure = families.measure
+
+    def sometimes(name, *rest):
+        if name == "3:1":
+            raise Diverged("step 2 diverged; lower the rate")
+        return measure(name, *rest)
+
+    monkeypatch.setattr(families, "measure", sometimes)
+    found = tiny()
+    assert found["diverged"] == [{"name": "3:1", "seed": 0, "error": "step 2 diverged"}]
+    assert len(found["rows"]["language"]) == len(hybrid.RATIOS) - 1
+    assert "3:1, seed 0: step 2 diverged" in capsys.readouterr().out
+
+
+def test_a_cell_that_was_begun_with_other_options_is_not_gone_on_with(tiny, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    streamed = families._streamed_bytes
+    monkeypatch.setattr(families, "_streamed_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tiny()
+    monkeypatch.setattr(families, "_streamed_bytes", streamed)
+    with pytest.raises(UserError, match="begun with other options"):
+        tiny("train.learning_rate=1e-5")
+    assert len(tiny()["rows"]["language"]) == len(hybrid.RATIOS)

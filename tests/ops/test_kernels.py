@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from everlong.ops import kernels
 from everlong.ops.delta import delta_rule, linear_attention
 from everlong.ops.dplr import dplr, dplr_reference
+from everlong.registry import create_memory
+from mixers.test_linear_family import KINDS as LINEAR
 from ops.test_dplr import everything
 
 B, T, H, K, V = 3, 21, 2, 6, 4
@@ -137,7 +139,8 @@ def test_what_is_served(monkeypatch):
     assert not served(torch.float64, cast=HALF)  # autocast leaves it alone
     assert not served(HALF, exact=torch.float64)
     assert not served(HALF, length=1)
-    for sizes in ((258, V), (5, V), (K, 5)):
+    assert served(HALF, sizes=(K, 5))
+    for sizes in ((258, V), (5, V)):
         assert not served(HALF, sizes=sizes)
 
     monkeypatch.setitem(sys.modules, "fla.ops", None)  # what Python finds where nothing is
@@ -162,6 +165,7 @@ def test_a_broken_installation_is_an_error(tmp_path, monkeypatch):
 def steps(q, k, v, decay, change, scale, initial_state, output_final_state):
     """S <- change(t, S, decayed S), o = scale * q S; half precision in and out, S in float32."""
     assert {x.dtype for x in (q, k, v)} == {HALF}
+    assert v.shape[-1] % 2 == 0
     assert initial_state is None or initial_state.dtype == torch.float32
     assert decay.dtype == torch.float32
     q, k, v = q.float(), k.float(), v.float()
@@ -216,6 +220,7 @@ def chunk_dplr_delta_rule(
     """The state is read along a before it decays, and what was read is written along b."""
     assert gk.shape == q.shape == a.shape == b.shape
     assert {a.dtype, b.dtype} == {HALF}
+    assert v.shape[-1] % 2 == 0
     keys = torch.stack([k, b], -1).float()  # written side by side
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     S, o = initial_state, []
@@ -227,10 +232,11 @@ def chunk_dplr_delta_rule(
     return torch.stack(o, 1).to(HALF), S if output_final_state else None
 
 
+@pytest.mark.parametrize("values", [V, V + 1])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_asked_of_the_kernels(form, channels, ragged, monkeypatch):
+def test_what_is_asked_of_the_kernels(form, channels, ragged, values, monkeypatch):
     name = {
         linear_attention: ["chunk_simple_gla", "chunk_gla"][channels],
         delta_rule: ["chunk_gated_delta_rule", "chunk_kda"][channels],
@@ -240,7 +246,7 @@ def test_what_is_asked_of_the_kernels(form, channels, ragged, monkeypatch):
     setattr(ops, name, globals()[name])
     monkeypatch.setitem(sys.modules, "fla.ops", ops)
     monkeypatch.setattr(kernels, "serve", lambda *_: True)
-    inputs = inputs_of(form, channels)
+    inputs = inputs_of(form, channels, sizes=(K, values))
     lengths = torch.tensor([T, 8, 0]) if ragged else None
     wanted = everything(called(form, by=dplr_reference, lengths=lengths), inputs)
     found = everything(called(form, lengths=lengths), inputs)
@@ -251,6 +257,36 @@ def test_what_is_asked_of_the_kernels(form, channels, ragged, monkeypatch):
         for b, n in enumerate([T, 8, 0]):
             assert not found[0][b, n:].any()
         assert torch.equal(found[1][2], inputs[-1][2])
+
+
+LAYERS = [name for name in LINEAR if name != "hgrn"]  # which has no matrix
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "mom"])
+def test_every_layer_is_served_as_it_comes(name, monkeypatch):
+    """Under bfloat16 autocast, by its default options."""
+    seen = []
+
+    def serve(q, v, state):
+        with monkeypatch.context() as autocast:
+            autocast.setattr(torch, "is_autocast_enabled", lambda _: True)
+            autocast.setattr(torch, "get_autocast_dtype", lambda _: HALF)
+            seen.append(rule(*(_OnCuda(x) for x in (q, v, state))))
+        return False
+
+    rule = kernels.serve
+    monkeypatch.setitem(sys.modules, "fla.ops", ModuleType("fla.ops"))
+    monkeypatch.setattr(kernels, "serve", serve)
+    create_memory(name, hidden_size=256, num_heads=4)(torch.randn(1, 9, 256))
+    assert seen
+    assert all(seen)
+
+
+class _OnCuda:
+    """What `serve` reads of a tensor."""
+
+    def __init__(self, x):
+        self.shape, self.dtype, self.device = x.shape, x.dtype, torch.device("cuda")
 
 
 def test_outputs_have_the_dtype_of_v(monkeypatch):

@@ -5,15 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from everlong import recipes
-from everlong.cli.prepare import build, load_texts, model_config
+from everlong.cli.prepare import build, device_of, load_texts, model_config
 from everlong.cli.progress import console
 from everlong.errors import Diverged, Interrupted, UserError
 from everlong.evaluation import families
 from everlong.evaluation.recall import check_counts
+from everlong.models.config import EverlongConfig
 from everlong.models.sizing import with_parameters
 from everlong.provenance import git_sha
 from everlong.recipes import Recipe, Table
 from everlong.registry import list_memories, memory_entry
+from everlong.tasks.text import Documents
 from everlong.training.config import TrainConfig
 
 
@@ -37,27 +39,13 @@ def bench_language(
     configs = {}
     for name in names:
         configs[name] = with_parameters(model_config(_contender(recipe, name), texts), wanted)
-    rows, diverged = [], []
-    for seed in dict.fromkeys(seeds):
-        for name, config in configs.items():
-            options = replace(shared, seed=seed)
-            folder = out / "language" / f"{name}-{seed}"
-            try:
-                row = families.measure(name, config, recipe.data, both, options, folder)
-            except Diverged as error:
-                say(f"{name}, seed {seed}: {error}")
-                diverged.append({"name": name, "seed": seed, "error": str(error).split(";")[0]})
-                continue
-            except Interrupted as stop:
-                again = "the same command"
-                raise Interrupted(stop.exit_code - 128, stop.step, again) from None
-            say(f"{name}, seed {seed}: {row['bits_per_byte']:.3f} bits per byte")
-            rows.append(row)
+    rows, diverged = _measure(
+        configs, recipe, both, shared, seeds, lambda name: out / "language" / name, say
+    )
     if not rows:
         raise UserError("every training diverged: lower train.learning_rate")
     _table(families.summary(rows), "memory")
-    for each in diverged:
-        print(f"{each['name']}, seed {each['seed']}: {each['error']}")
+    _print_diverged(diverged)
     about = {"recipe": recipe.table(), "models": {n: c.to_diff_dict() for n, c in configs.items()}}
     families.write(out / "language.json", about, rows, diverged, "everlong bench language")
     print(f"{wanted:,} parameters, {len(seeds)} seeds; written to {out}")
@@ -84,19 +72,62 @@ def bench_hybrid(
             raise UserError(f"no linear kind {kind!r}{suggest(kind, hybrid.KINDS)}{known}")
     kinds, seeds = tuple(dict.fromkeys(kinds)) or hybrid.KINDS, tuple(dict.fromkeys(seeds))
     texts = load_texts(recipe.data)
-    both, config = (texts.train, texts.validation), model_config(recipe, texts)
-    options, reader = TrainConfig(**recipe.train), config.layer_names[0]
+    both, whole = (texts.train, texts.validation), model_config(recipe, texts)
+    reader = whole.layer_names[0]
+    if set(whole.layer_names) != {reader} or reader not in hybrid.KINDS or whole.segment:
+        raise UserError(
+            f"{recipe.origin}: give model.layers one linear kind and no model.segment, "
+            f"of {', '.join(hybrid.KINDS)}"
+        )
+    configs = {ratio: hybrid.language_config(whole, ratio) for ratio in hybrid.RATIOS}
+    shared = TrainConfig(**recipe.train)
+    device_of(shared)
     run, place = hybrid.HybridRun(), out / "hybrid"
     recalled = hybrid.recall(run, kinds, seeds, place, say)
-    try:
-        read = hybrid.language(config, reader, recipe.data, both, options, seeds, place, say)
-    except Interrupted as stop:
-        raise Interrupted(stop.exit_code - 128, stop.step, "the same command") from None
     accuracy_table(hybrid.recall_summary(recalled), "form", "recall, by layers")
+    read, diverged = _measure(
+        configs, recipe, both, shared, seeds,
+        lambda ratio: place / f"{reader}-{hybrid.RATIOS[ratio]}", say,
+    )  # fmt: skip
     _table(hybrid.language_summary(read), "linear : attention")
-    about = {"recipe": recipe.table()}
-    hybrid.write(out / "hybrid.json", run, about, reader, recalled, read)
-    print(f"chance {run.task(run.pairs).chance:.3f}, {len(seeds)} seeds; written to {out}")
+    _print_diverged(diverged)
+    about = {"recipe": recipe.table(), "models": {n: c.to_diff_dict() for n, c in configs.items()}}
+    hybrid.write(out / "hybrid.json", run, about, reader, recalled, read, diverged)
+    print(f"{len(seeds)} seeds; written to {out}")
+
+
+def _measure(
+    configs: dict[str, EverlongConfig],
+    recipe: Recipe,
+    both: tuple[Documents, Documents],
+    options: TrainConfig,
+    seeds: Sequence[int],
+    folder: Callable[[str], Path],
+    say: Callable[[str], None],
+) -> tuple[list[families.Row], list[families.Row]]:
+    """Rows of every model and seed, measured in `folder(name)-seed`, and what diverged."""
+    rows, diverged = [], []
+    for seed in dict.fromkeys(seeds):
+        for name, config in configs.items():
+            place = folder(name).with_name(f"{folder(name).name}-{seed}")
+            seeded = replace(options, seed=seed)
+            try:
+                row = families.measure(name, config, recipe.data, both, seeded, place)
+            except Diverged as error:
+                say(f"{name}, seed {seed}: {error}")
+                diverged.append({"name": name, "seed": seed, "error": str(error).split(";")[0]})
+                continue
+            except Interrupted as stop:
+                again = "the same command"
+                raise Interrupted(stop.exit_code - 128, stop.step, again) from None
+            say(f"{name}, seed {seed}: {row['bits_per_byte']:.3f} bits per byte")
+            rows.append(row)
+    return rows, diverged
+
+
+def _print_diverged(diverged: Sequence[families.Row]) -> None:
+    for each in diverged:
+        print(f"{each['name']}, seed {each['seed']}: {each['error']}")
 
 
 def _reads_a_text(recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ S tokens of a segment.
 """
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from everlong.errors import UserError
 from everlong.evaluation.cells import cell
 from everlong.evaluation.cost import stream_bytes
 from everlong.evaluation.language import bits_per_byte
@@ -25,7 +27,7 @@ from everlong.tasks.text import Documents
 from everlong.training import checkpoints
 from everlong.training.config import TrainConfig
 from everlong.training.loop import train
-from everlong.training.run import read_metrics
+from everlong.training.run import read_config, read_metrics
 
 _NOT_THE_MODEL = ("architectures", "dtype", "transformers_version")
 _STREAMED = 40  # segments after which a growing state is quoted
@@ -50,7 +52,9 @@ def measure(
     sizes = [texts[0].num_bytes, texts[1].num_bytes]
     described = {"model": model, "data": asdict(data), "bytes": sizes, "train": asdict(options)}
     return cell(
-        folder / "cell.json", described, lambda: _measure(name, config, texts, options, folder)
+        folder / "cell.json",
+        described,
+        lambda: _measure(name, config, texts, options, folder, described),
     )
 
 
@@ -60,10 +64,15 @@ def _measure(
     texts: tuple[Documents, Documents],
     options: TrainConfig,
     folder: Path,
+    described: Row,
 ) -> Row:
     model = build(copy.deepcopy(config), options.seed)  # saving a model writes into its config
     started = bool(checkpoints.steps(folder)) if folder.exists() else False
-    train(model, texts[0], None, options, folder, resume=folder if started else None)
+    about = {"cell": json.loads(json.dumps(described))}
+    if started and read_config(folder).get("cell") != about["cell"]:
+        raise UserError(f"{folder} was begun with other options: give --out a new folder")
+    resume = folder if started else None
+    train(model, texts[0], None, options, folder, resume=resume, about=about)
     length = options.segment_length
     assert length is not None
     lines = read_metrics(folder / "metrics.jsonl")

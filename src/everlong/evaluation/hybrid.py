@@ -1,19 +1,21 @@
 """What one attention layer in four gives to linear layers, and what it costs.
 
-Recall: as many pairs as four times the width of a key (tasks/mqar), by stacks of four layers, all
-of one linear kind or the last of them attention, behind one short convolution over the embeddings,
-which only lets a value's position see its key; trained by a curriculum. Language: eight layers of
-one width at equal parameters, at several ratios of linear layers to attention.
+Recall: four times as many pairs as a head's key is wide (tasks/mqar; HGRN has no keys), by stacks
+of four layers, all of one linear kind or the last of them attention, behind one short convolution
+over the embeddings, by which a value's position sees its key; trained by a curriculum. Language:
+eight layers at equal parameters, at several ratios of linear layers to attention.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from everlong.errors import UserError
 from everlong.evaluation import families
 from everlong.evaluation.cells import cell
 from everlong.evaluation.curriculum import until_learnt
@@ -26,14 +28,11 @@ from everlong.models import sizing
 from everlong.models.config import EverlongConfig
 from everlong.models.hub import EverlongForCausalLM
 from everlong.provenance import git_sha, write_results
-from everlong.recipes import Data
 from everlong.registry import check_types, memory_entry
 from everlong.stack import Block, Stack
-from everlong.state import State
+from everlong.state import State, num_bytes
 from everlong.stateful import Stateful, Trace
 from everlong.tasks.mqar import MqarBatch, MqarConfig, make_batch
-from everlong.tasks.text import Documents
-from everlong.training.config import TrainConfig
 
 KINDS = (
     "linear_attention",
@@ -107,13 +106,17 @@ class Convolution(Stateful):
         return self.out(y), {"tail": tail}
 
 
-def model_of(kind: str, form: str, run: HybridRun, seed: int) -> EverlongForCausalLM:
-    """Five layers: the convolution, and four of the form."""
+def subject_of(kind: str, form: str, run: HybridRun) -> Subject:
+    """Five layers: one for the convolution, and four of the form."""
     attention = FORMS[form]
     layers = ("sliding_attention", *[kind] * (4 - attention), *["attention"] * attention)
     options = {"key_size": run.key_size} if "key_size" in memory_entry(kind).fields else {}
-    subject = Subject(5, None, {kind: options}, layers, intermediate_size=2 * run.hidden_size)
-    model = build(subject, run.task(run.pairs), run, seed)
+    return Subject(5, None, {kind: options}, layers, intermediate_size=2 * run.hidden_size)
+
+
+def model_of(kind: str, form: str, run: HybridRun, seed: int) -> EverlongForCausalLM:
+    """The subject, with the convolution in its place."""
+    model = build(subject_of(kind, form, run), run.task(run.pairs), run, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         cast(Block, cast(Stack, model.body.core).blocks[0]).mixer = Convolution(run.hidden_size)
@@ -126,6 +129,13 @@ def accuracy(model: EverlongForCausalLM, task: MqarConfig, seed: int, items: int
     found = answered(model, make_batch(task, seed, range(items)), task.length)
     model.train()
     return found
+
+
+@torch.no_grad()
+def state_bytes(model: EverlongForCausalLM, task: MqarConfig) -> int:
+    """What one stream holds at the end of an item."""
+    _, state = model.stream(make_batch(task, 0, range(1)).inputs)
+    return num_bytes(state)
 
 
 def batches(model: EverlongForCausalLM, run: HybridRun, seed: int) -> Iterator[MqarBatch]:
@@ -172,53 +182,31 @@ def recall(
                     return {"accuracy": found, "steps": steps[-1], "git": git_sha()}
 
                 file = f"{kind}-{FORMS[form]}-{seed}.json"
-                about = {"run": asdict(run), "form": form}
+                subject = subject_of(kind, form, run)
+                about = {"run": asdict(run), "form": form, "subject": asdict(subject)}
                 found = cell(folder / file, about, result)
                 say(
                     f"{kind}, {form}, seed {seed}: {found['accuracy']:.3f} ({found['steps']} steps)"
                 )
-                rows.append({"name": kind, "form": form, "seed": seed, **found})
+                model = model_of(kind, form, run, seed)
+                size = {
+                    "parameters": model.num_parameters(),
+                    "state_bytes": state_bytes(model, run.task(run.pairs)),
+                }
+                rows.append({"name": kind, "form": form, "seed": seed, **found, **size})
     return rows
 
 
-def language_config(config: EverlongConfig, kind: str, ratio: str) -> EverlongConfig:
-    """Eight layers as wide as `config`'s, as many of them attention as `RATIOS` says; as many
-    parameters as all of them being of the kind."""
-
-    def layers(attention: int) -> EverlongConfig:
-        linear = (_LAYERS - attention) // max(1, attention)
-        pattern = [kind] * linear + ["attention"] * min(1, attention)
-        return EverlongConfig(
-            **{key: getattr(config, key) for key in _KEPT}, num_layers=_LAYERS, layers=pattern
-        )
-
-    wanted = sizing.build(layers(0), 0).num_parameters()
-    return sizing.with_parameters(layers(RATIOS[ratio]), wanted)
-
-
-_KEPT = ("vocab_size", "hidden_size", "num_heads", "bos_token_id", "eos_token_id", "pad_token_id")
-
-
-def language(
-    config: EverlongConfig,
-    kind: str,
-    data: Data,
-    texts: tuple[Documents, Documents],
-    options: TrainConfig,
-    seeds: Sequence[int],
-    folder: Path,
-    say: Callable[[str], None],
-) -> list[Row]:
-    """Rows of `families.measure`, one a ratio and seed, whose name is the ratio."""
-    configs = {ratio: language_config(config, kind, ratio) for ratio in RATIOS}
-    rows = []
-    for seed in seeds:
-        for ratio, model in configs.items():
-            place = folder / f"{kind}-{RATIOS[ratio]}-{seed}"
-            row = families.measure(ratio, model, data, texts, replace(options, seed=seed), place)
-            say(f"{ratio}, seed {seed}: {row['bits_per_byte']:.3f} bits per byte")
-            rows.append(row)
-    return rows
+def language_config(whole: EverlongConfig, ratio: str) -> EverlongConfig:
+    """`whole`, whose eight layers are one linear kind, with as many of them attention as `RATIOS`
+    says, and as many parameters."""
+    if whole.num_layers != _LAYERS:
+        raise UserError(f"num_layers is {whole.num_layers}: the ratios are those of {_LAYERS}")
+    attention = RATIOS[ratio]
+    config = copy.deepcopy(whole)
+    linear = (_LAYERS - attention) // max(1, attention)
+    config.layers = whole.layer_names[:1] * linear + ["attention"] * min(1, attention)
+    return sizing.with_parameters(config, sizing.build(whole, 0).num_parameters())
 
 
 def recall_summary(rows: Sequence[Row]) -> list[Row]:
@@ -235,19 +223,20 @@ def language_summary(rows: Sequence[Row]) -> list[Row]:
 def write(
     path: Path,
     run: HybridRun,
-    config: Mapping[str, Any],
+    language: Mapping[str, Any],
     kind: str,
     recalled: Sequence[Row],
     read: Sequence[Row],
+    diverged: Sequence[Row],
 ) -> None:
     """Rows and summaries as JSON with provenance, and the picture beside it."""
     found = recall_summary(recalled), language_summary(read)
     write_results(
         path,
         "everlong bench hybrid",
-        {"recall": asdict(run), "language": {"kind": kind, **config}},
+        {"recall": asdict(run), "language": dict(language)},
         summary={"recall": found[0], "language": found[1]},
         rows={"recall": list(recalled), "language": list(read)},
+        diverged=list(diverged),
     )
-    chance = run.task(run.pairs).chance
-    plot_hybrid(*found, chance, kind, path.with_suffix(".png"))
+    plot_hybrid(*found, run.pairs, run.task(run.pairs).chance, kind, path.with_suffix(".png"))

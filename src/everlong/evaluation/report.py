@@ -156,6 +156,7 @@ def plot_cost(rows: Iterable[Mapping[str, Any]], clock: str, png: Path) -> None:
 def plot_hybrid(
     recalled: Iterable[Mapping[str, Any]],
     read: Iterable[Mapping[str, Any]],
+    pairs: int,
     chance: float,
     kind: str,
     png: Path,
@@ -179,22 +180,25 @@ def plot_hybrid(
             capsize=3,
         )
         left.set_xticks(range(len(points)), [point["name"] for point in points], rotation=30)
-    left.axhline(chance, color="tab:gray", linestyle=":", label="chance")
+    left.axhline(1 / pairs, color="tab:gray", linestyle="--", label="any value that was shown")
+    left.axhline(chance, color="tab:gray", linestyle=":", label="any value")
     left.set_ylim(0, 1.04)
-    left.set_ylabel("recall of 4 times as many pairs as a key is wide")
+    left.set_ylabel("share of the questions answered")
+    left.set_title(f"{pairs} pairs, by keys of {pairs // 4} a head", fontsize=10)
     left.legend(fontsize=8)
-    bits = [row["bits_per_byte"] for row in read]
-    right.errorbar(
-        range(len(read)), bits, [row["interval"] or 0 for row in read], fmt="o-", capsize=3
-    )
-    names = [f"{row['name']}\n{row['state_bytes'] / 1024:,.0f} KiB" for row in read]
-    right.set_xticks(range(len(read)), names)
+    right.set_title(f"language, {kind}", fontsize=10)
     right.set_xlabel("linear layers to attention, and one stream's state")
     right.set_ylabel("bits per byte: lower is better")
-    right.set_title(f"language, {kind}", fontsize=10)
-    if bits:
+    if read:
+        bits = [row["bits_per_byte"] for row in read]
+        spread = [row["interval"] or 0 for row in read]
+        right.errorbar(range(len(read)), bits, spread, fmt="o-", capsize=3)
+        names = [f"{row['name']}\n{row['state_bytes'] / 1024:,.0f} KiB" for row in read]
+        right.set_xticks(range(len(read)), names)
         middle = (min(bits) + max(bits)) / 2
-        right.set_ylim(middle - 0.25, middle + 0.25)  # a wide window: flat shall look flat
+        reach = max(abs(b - middle) + s for b, s in zip(bits, spread, strict=True))
+        window = max(0.25, 1.1 * reach)  # a wide one: what is flat shall look flat
+        right.set_ylim(middle - window, middle + window)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(png, dpi=120)

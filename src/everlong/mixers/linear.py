@@ -19,7 +19,7 @@ from everlong.state import State
 from everlong.stateful import Stateful, Trace
 
 EPS = 1e-6  # inside every norm
-SPAN = 2048  # positions that are read at once on a CPU
+READ = 1 << 19  # numbers that a layer reads at once on a CPU
 
 
 def check_sizes(config: Any, **least: int) -> None:
@@ -72,15 +72,18 @@ def by_spans(
     state: State,
     lengths: Tensor | None,
 ) -> tuple[Tensor, State]:
-    """`read(*rows, state, lengths)` for rows [B, T, ...]; on a CPU SPAN positions at a time.
+    """`read(*rows, state, lengths)` for rows [B, T, ...], of which the first is x [B, T, D]; on a
+    CPU READ numbers of x at a time, but 64 positions at least.
 
-    The same result: longer buffers are taken from the system and given back every time there, page
+    The same result: larger buffers are taken from the system and given back every time there, page
     by page, which costs up to two thirds of what is computed in them.
     """
-    if rows[0].shape[1] <= SPAN or rows[0].device.type != "cpu":
+    batch, length, width = rows[0].shape
+    span = max(1, READ // max(1, 64 * batch * width)) * 64
+    if length <= span or rows[0].device.type != "cpu":
         return read(*rows, state, lengths)
     outputs, start = [], 0
-    for part in zip(*(row.split(SPAN, 1) for row in rows), strict=True):
+    for part in zip(*(row.split(span, 1) for row in rows), strict=True):
         length = part[0].shape[1]
         left = None if lengths is None else (lengths - start).clamp(0, length)
         y, state = read(*part, state, left)

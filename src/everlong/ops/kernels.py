@@ -1,6 +1,8 @@
 """The kernels of flash-linear-attention behind `everlong.ops.delta` and `everlong.ops.dplr`.
 
-The extra `gpu` brings them. They serve CUDA tensors in bfloat16, be that v's dtype or autocast's.
+The extra `gpu` brings them. They serve CUDA tensors in bfloat16, be that v's dtype or autocast's;
+the layers of `mixers/` widen what they project, so under bfloat16 autocast only. A head of more
+than 256 or an odd number of key channels they leave to the chunked forms.
 They multiply in that dtype and carry the state in float32; decays and strengths stay in float32.
 A key of length 1 is that to 4e-3 in bfloat16: with beta near 2 and no decay a state may grow, where
 that of the chunked forms does not. Gradients are of first order, which the kernels do not check.
@@ -19,9 +21,10 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-WIDEST = 256  # the key channels of a head that kernels which correct a state can hold
+WIDEST = 256  # the key channels of a head that all kernels can hold
 DTYPE = torch.bfloat16
 
 
@@ -35,9 +38,8 @@ def serve(q: Tensor, v: Tensor, state: Tensor) -> bool:
     dtype = torch.get_autocast_dtype(v.device.type) if autocast else v.dtype
     if dtype != DTYPE:
         return False
-    keys, values = q.shape[-1], v.shape[-1]
-    odd = keys % 2 or values % 2  # of 16-bit numbers, which their backward pass refuses
-    return not odd and keys <= WIDEST and _installed() is not None
+    keys = q.shape[-1]  # of 16-bit numbers their backward pass refuses an odd one
+    return keys % 2 == 0 and keys <= WIDEST and _installed() is not None
 
 
 @cache
@@ -79,6 +81,10 @@ def _run(
     kernel: str, state: Tensor, rows: dict[str, Tensor], **exact: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Scale and norm are off: queries come scaled, and keys normalised where they are to be."""
+    values = state.shape[-1]
+    odd = values % 2  # which their backward pass refuses, too: a column of zeros more
     rows = {name: row.to(DTYPE) for name, row in rows.items()}
+    rows["v"], state = F.pad(rows["v"], (0, odd)), F.pad(state, (0, odd))
     call = getattr(_installed(), kernel)
-    return call(**rows, **exact, scale=1.0, initial_state=state, output_final_state=True)
+    o, last = call(**rows, **exact, scale=1.0, initial_state=state, output_final_state=True)
+    return o[..., :values], last[..., :values]

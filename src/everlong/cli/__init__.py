@@ -55,7 +55,10 @@ def build_app():
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what a user can put right is one line, code 2."""
-    from cyclopts import CycloptsError
+    try:
+        from cyclopts import CycloptsError
+    except KeyboardInterrupt:
+        return _say("interrupted", 128 + signal.SIGINT)
 
     if sys.stdout is None:
         return _say("standard output is closed: send it to a file or to /dev/null")

@@ -42,9 +42,10 @@ def evaluate(
     nats, state_bytes = _read(opened, documents, length if wipe else None, surprise)
     seconds = time.perf_counter() - started
     bits = nats / math.log(2) / documents.num_bytes
+    pieces = "contexts" if opened.recipe and opened.recipe.data.context else "documents"
     print(
         f"{bits:.4f} bits per byte{' with the memory wiped at every segment' if wipe else ''}: "
-        f"{documents.num_bytes:,} bytes in {len(documents):,} documents, "
+        f"{documents.num_bytes:,} bytes in {len(documents):,} {pieces}, "
         f"{sum(documents.lengths) / seconds:,.0f} tokens/s, state {size(state_bytes)}"
         f"{LOOKS_AHEAD if looks_ahead(opened.model.config) else ''}"
     )
@@ -72,12 +73,12 @@ def _segment_length(opened: Any) -> int:
 def _read(
     opened: Any, documents: Any, wipe_every: int | None, surprise: Path | None
 ) -> tuple[float, int]:
-    """Nats of all documents, and the bytes of state after the last one."""
+    """Nats of all documents, and the most bytes of state that one of them left."""
     from contextlib import nullcontext
 
     from everlong.cli.reader import Reader
 
-    reader, nats = Reader(opened.model, opened.bos), 0.0
+    reader, nats, largest = Reader(opened.model, opened.bos), 0.0, 0
     # a file name that is not UTF-8 becomes JSON's own escapes: nothing of it is lost
     file = surprise and surprise.open("w", encoding="utf-8", errors="backslashreplace")
     with file or nullcontext() as out:
@@ -87,7 +88,8 @@ def _read(
                 nats += costs.double().sum().item()
                 if out is not None:
                     out.writelines(_lines(document.name, index, ids, costs))
-    return nats, reader.num_bytes
+            largest = max(largest, reader.num_bytes)
+    return nats, largest
 
 
 def _lines(name: str, start: int, ids: Any, costs: Any) -> Any:

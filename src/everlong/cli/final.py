@@ -48,7 +48,8 @@ def evaluate(
     described = {"model": model.config.to_dict(), "train": asdict(config)}
     aside = run_dir / ".results.json.part"
     write_results(aside, "everlong train", described, **found)
-    plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+    if config.steps:
+        plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
     os.replace(aside, _file(run_dir))  # last: where it lies, the run is finished
     return found
 
@@ -148,7 +149,7 @@ def show(results: Results) -> None:
     if results.get("cut"):
         print(
             f"The text was cut into {_ROWS} pieces, each read from a fresh state; `everlong "
-            "evaluate` reads it whole."
+            "evaluate` reads each document, or context, whole."
         )
 
 

@@ -1,11 +1,11 @@
 """`everlong bench language` and `bench hybrid`: one text, one training, equal parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from everlong import recipes
-from everlong.cli.prepare import build, device_of, load_texts, model_config
+from everlong.cli.prepare import Texts, build, device_of, load_texts, model_config
 from everlong.cli.progress import console
 from everlong.errors import Diverged, Interrupted, UserError
 from everlong.evaluation import families
@@ -27,10 +27,7 @@ def bench_language(
     say: Callable[[str], None],
 ) -> None:
     """Train what is missing in `out`, then the table, the JSON and the picture."""
-    _reads_a_text(recipe)
-    git_sha()  # that of the code which is loaded now
-    check_counts("seeds", tuple(seeds))
-    texts = load_texts(recipe.data)
+    texts = _texts(recipe, seeds)
     both = texts.train, texts.validation
     first = model_config(recipe, texts)
     wanted = build(first, 0).num_parameters()
@@ -46,8 +43,9 @@ def bench_language(
         raise UserError("every training diverged: lower train.learning_rate")
     _table(families.summary(rows), "memory")
     _print_diverged(diverged)
-    about = {"recipe": recipe.table(), "models": {n: c.to_diff_dict() for n, c in configs.items()}}
-    families.write(out / "language.json", about, rows, diverged, "everlong bench language")
+    families.write(
+        out / "language.json", _about(recipe, configs), rows, diverged, "everlong bench language"
+    )
     print(f"{wanted:,} parameters, {len(seeds)} seeds; written to {out}")
 
 
@@ -63,15 +61,12 @@ def bench_hybrid(
     from everlong.evaluation import hybrid
     from everlong.registry import suggest
 
-    _reads_a_text(recipe)
-    git_sha()  # that of the code which is loaded now
-    check_counts("seeds", tuple(seeds))
+    texts = _texts(recipe, seeds)
     for kind in kinds:
         if kind not in hybrid.KINDS:
             known = f" (there are {', '.join(hybrid.KINDS)})"
             raise UserError(f"no linear kind {kind!r}{suggest(kind, hybrid.KINDS)}{known}")
     kinds, seeds = tuple(dict.fromkeys(kinds)) or hybrid.KINDS, tuple(dict.fromkeys(seeds))
-    texts = load_texts(recipe.data)
     both, whole = (texts.train, texts.validation), model_config(recipe, texts)
     reader = whole.layer_names[0]
     if set(whole.layer_names) != {reader} or reader not in hybrid.KINDS or whole.segment:
@@ -91,8 +86,9 @@ def bench_hybrid(
     )  # fmt: skip
     _table(hybrid.language_summary(read), "linear : attention")
     _print_diverged(diverged)
-    about = {"recipe": recipe.table(), "models": {n: c.to_diff_dict() for n, c in configs.items()}}
-    hybrid.write(out / "hybrid.json", run, about, reader, recalled, read, diverged)
+    hybrid.write(
+        out / "hybrid.json", run, _about(recipe, configs), reader, recalled, read, diverged
+    )
     print(f"{len(seeds)} seeds; written to {out}")
 
 
@@ -130,11 +126,21 @@ def _print_diverged(diverged: Sequence[families.Row]) -> None:
         print(f"{each['name']}, seed {each['seed']}: {each['error']}")
 
 
-def _reads_a_text(recipe: Recipe) -> None:
+def _texts(recipe: Recipe, seeds: Sequence[int]) -> Texts:
+    """What the recipe reads; `UserError` where it reads no text or its training lacks a length."""
     if recipe.task:
         raise UserError(f"{recipe.origin} trains on a generated task: name one that reads a text")
     if recipe.train.get("segment_length") is None:
         raise UserError(f"{recipe.origin}: give train.segment_length, the same for every memory")
+    git_sha()  # that of the code which is loaded now
+    check_counts("seeds", tuple(seeds))
+    return load_texts(recipe.data)
+
+
+def _about(recipe: Recipe, configs: Mapping[str, EverlongConfig]) -> Table:
+    """What the JSON says of a comparison."""
+    models = {name: config.to_diff_dict() for name, config in configs.items()}
+    return {"recipe": recipe.table(), "models": models}
 
 
 def _contender(base: Recipe, name: str) -> Recipe:

@@ -19,7 +19,7 @@ from everlong.errors import UserError
 from everlong.evaluation import families
 from everlong.evaluation.cells import cell
 from everlong.evaluation.curriculum import until_learnt
-from everlong.evaluation.recall import HELD_OUT, WATCHED, Subject, build, fit
+from everlong.evaluation.recall import FAMILIES, HELD_OUT, WATCHED, Subject, build, fit
 from everlong.evaluation.recall import accuracy as answered
 from everlong.evaluation.recall import summary as by_name
 from everlong.evaluation.report import plot_hybrid
@@ -34,16 +34,7 @@ from everlong.state import State, num_bytes
 from everlong.stateful import Stateful, Trace
 from everlong.tasks.mqar import MqarBatch, MqarConfig, make_batch
 
-KINDS = (
-    "linear_attention",
-    "retnet",
-    "gla",
-    "hgrn",
-    "hgrn2",
-    "deltanet",
-    "gated_deltanet",
-    "kda",
-)
+KINDS = tuple(name for name in FAMILIES["linear"] if name not in ("sliding_attention", "mom"))
 PURE, HYBRID = "pure", "one attention layer in four"
 FORMS = {PURE: 0, HYBRID: 1}  # attention layers of the four
 RATIOS = {"pure": 0, "7:1": 1, "3:1": 2, "1:1": 4, "attention": 8}  # attention layers of eight

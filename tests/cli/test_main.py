@@ -183,10 +183,12 @@ def test_the_scans_are_timed_beside_their_peers(call, tmp_path, monkeypatch):
     sizes = {"length": 8, "num_heads": 1, "head_size": 4}
     small = partial(cost_peers.PeersRun, rounds=1, threads=(1,), **sizes)
     monkeypatch.setattr(cost_peers, "PeersRun", small)
+    monkeypatch.setitem(sys.modules, "titans_pytorch", None)  # as if it were not installed
     code, out, err = call("bench", "cost", "--peers", "--device", "cpu", "--out", tmp_path)
     assert code == 0, err
     assert "transformers qwen3_next, chunks" in out
     assert "dplr, a decay a channel" in out
+    assert "everlong[peers]" in out
     assert [file.name for file in tmp_path.iterdir()] == ["cost-peers.json"]
 
 

@@ -27,12 +27,18 @@ def small_memory(model):
     """The test sizes of whatever memory a recipe's [model] is made of."""
     if model.get("segment"):
         name, at = model["segment"]["name"], "model.segment"
-        return [
-            f"{at}.{key}={json.dumps(value)}" for key, value in memory_entry(name).small.items()
-        ]
+        return list(_assignments(at, memory_entry(name).small))
     pattern = sum(int(item.partition("*")[2] or 1) for item in model["layers"])
     changes = ["train.segment_length=8", f"model.num_layers={pattern}"]
     for name in dict.fromkeys(item.partition("*")[0] for item in model["layers"]):
-        small = memory_entry(name).small.items()
-        changes += [f"model.mixers.{name}.{key}={json.dumps(value)}" for key, value in small]
+        changes += _assignments(f"model.mixers.{name}", memory_entry(name).small)
     return changes
+
+
+def _assignments(at, options):
+    """key=value for every option, those of a nested table by dotted keys."""
+    for key, value in options.items():
+        if isinstance(value, dict):
+            yield from _assignments(f"{at}.{key}", value)
+        else:
+            yield f"{at}.{key}={json.dumps(value)}"

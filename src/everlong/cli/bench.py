@@ -60,15 +60,19 @@ def recall(
         A recipe with a [task] section.
     family
         Compare the memories of a family instead: recurrence or linear. What is finished in the
-        folder is not trained again.
+        folder is not trained again. Or test-time: what rules that learn at test time overwrite,
+        follow and hold, without any training, in seconds; it takes no recipe and no --set.
     changes
         section.key=value, over what the recipe says; may be repeated.
     out
         The folder that recall.json (or recall-FAMILY.json and its picture) is written to.
     """
     from everlong import recipes
-    from everlong.cli.recall import bench_family, bench_recall
+    from everlong.cli.recall import TEST_TIME, bench_family, bench_recall, bench_test_time
 
+    if family == TEST_TIME:
+        bench_test_time(recipe, changes, out)
+        return
     if family is not None:
         bench_family(recipes.load(recipe, changes), family, out, _say)
         return

@@ -1,4 +1,4 @@
-"""`everlong bench cost`: tables of what memories cost, and of the scans beside their peers."""
+"""`everlong bench cost`: tables of what memories cost, and of scans and memories beside peers."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.table import Table
 
 from everlong.cli.progress import console, size
 from everlong.errors import UserError
-from everlong.evaluation import cost_bench, cost_peers
+from everlong.evaluation import cost_bench, cost_peers, test_time_peers
 from everlong.evaluation.timing import trusted
 from everlong.provenance import git_sha
 from everlong.training.config import choose_device
@@ -56,8 +56,8 @@ def bench_cost(names: Sequence[str], device: str, out: Path, say: Callable[[str]
 
 
 def bench_peers(device: str, out: Path, say: Callable[[str], None]) -> None:
-    """Time the scans and their peers; after each number of threads its table, and the JSON of all
-    that is there."""
+    """Time the scans and their peers, then the memories that learn at test time and theirs; after
+    each number of threads its table, and the JSON of all that is there."""
     config = cost_peers.PeersRun(device=_device(device))
 
     def finished(rows: list[cost_peers.Row]) -> None:
@@ -67,7 +67,54 @@ def bench_peers(device: str, out: Path, say: Callable[[str], None]) -> None:
     cost_peers.measure(config, say, finished)
     for form in cost_peers.lacking():
         print(f"not in this transformers: {form}")
+    _bench_learners(config.device, out, say)
     print(f"written to {out}")
+
+
+def _bench_learners(device: str, out: Path, say: Callable[[str], None]) -> None:
+    """The second part: it needs an extra, and the processor."""
+    left = "memories that learn at test time are not timed: "
+    if device != "cpu":
+        print(f"{left}that is done on the processor, with --device cpu")
+        return
+    try:
+        test_time_peers.titans_pytorch()
+    except ValueError as error:
+        print(f"{left}{error}")
+        return
+    config = test_time_peers.LearnersRun()
+
+    def finished(rows: list[test_time_peers.Row]) -> None:
+        _learners_table(config, [row for row in rows if row["threads"] == rows[-1]["threads"]])
+        test_time_peers.write(out / "test-time-peers.json", config, rows)
+
+    rows = test_time_peers.measure(config, say, finished)
+    for form, refresh in test_time_peers.left_out(config, rows):
+        print(f"not enough memory for: {form}, refreshed every {refresh}")
+
+
+def _learners_table(
+    config: test_time_peers.LearnersRun, rows: Sequence[test_time_peers.Row]
+) -> None:
+    clock, threads = rows[0]["clock"], rows[0]["threads"]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("memories that learn at test time")
+    table.add_column("refreshed every")
+    names = ("forward ms", "backward ms", "both ms", "tokens/s", "times ours")
+    for name in (*names, "alive a token", "state"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["form"],
+            f"{row['refresh']} tokens",
+            *(f"{row[f'{key}_{clock}']:,.0f}" for key in ("forward", "backward", "both")),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['times_ours']:.1f}",
+            size(row["live_bytes"] / row["live_tokens"]),
+            size(row["state_bytes"][-1][1]),
+        )
+    console().print(table)
+    print(f"{_CLOCK[clock]} on cpu, threads: {threads}, T = {config.length:,}\n")
 
 
 def _peers_table(config: cost_peers.PeersRun, rows: Sequence[cost_peers.Row]) -> None:

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from everlong.evaluation.recall import RecallRun
     from everlong.recipes import Recipe
     from everlong.tasks.recall import RecallConfig
+
+TEST_TIME = "test-time"  # the family of which nothing is trained
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,10 @@ def bench_family(recipe: "Recipe", family: str, out: Path, say: Callable[[str], 
     from everlong.registry import suggest
 
     if family not in recall.FAMILIES:
-        hint = suggest(family, recall.FAMILIES)
-        raise UserError(f"no family {family!r}{hint} (there are {', '.join(recall.FAMILIES)})")
+        known = *recall.FAMILIES, TEST_TIME
+        raise UserError(
+            f"no family {family!r}{suggest(family, known)} (there are {', '.join(known)})"
+        )
     plan = read_plan(recipe)
 
     def report(name: str, seed: int, found: Mapping[str, float]) -> None:
@@ -143,7 +147,32 @@ def bench_family(recipe: "Recipe", family: str, out: Path, say: Callable[[str], 
     print(f"chance {plan.task.chance:.3f}, {len(plan.seeds)} seeds; written to {out}")
 
 
-def accuracy_table(rows: list[dict[str, Any]], by: str, title: str) -> None:
+def bench_test_time(recipe: str, changes: Sequence[str], out: Path) -> None:
+    """What memories that learn at test time do without training: tables, JSON and picture."""
+    from everlong.errors import UserError
+    from everlong.evaluation import behaviour
+
+    for given, what in ((recipe != "recall", f"the recipe {recipe!r}"), (changes, "--set")):
+        if given:
+            raise UserError(f"--family {TEST_TIME} trains nothing: leave out {what}")
+    run = behaviour.BehaviourRun()
+    found = behaviour.measure(run)
+    late = f"squared error of a map's last {run.late} keys, by step / (1 - momentum)"
+    titles = {
+        "overwriting": ("asked", f"signs read right, {run.rewritten} of {run.keys} written twice"),
+        "momentum": ("reach", late),
+        "outliers": ("outliers", "squared error, by writes that are outliers"),
+        "capacity": ("pairs", "signs read right, by pairs written"),
+    }
+    for name, (by, title) in titles.items():
+        small = name in ("momentum", "outliers")
+        accuracy_table(found[name], by, title, ".2g" if small else ".3f")
+        print()
+    behaviour.write(out / f"recall-{TEST_TIME}.json", run, found)
+    print(f"{run.seeds} seeds; written to {out}")
+
+
+def accuracy_table(rows: list[dict[str, Any]], by: str, title: str, digits: str = ".3f") -> None:
     """Means of `evaluation.recall.summary(rows, by)`, one line a name."""
     from rich.table import Table
 
@@ -154,7 +183,7 @@ def accuracy_table(rows: list[dict[str, Any]], by: str, title: str) -> None:
     table.add_column(title)
     for count in counts:
         table.add_column(str(count), justify="right")
-    cells = {(row["name"], row[by]): _cell(row) for row in rows}
+    cells = {(row["name"], row[by]): _cell(row, digits) for row in rows}
     for name in dict.fromkeys(row["name"] for row in rows):
         table.add_row(name, *(cells[name, count] for count in counts))
     console().print(table)
@@ -164,6 +193,8 @@ def _table(rows: list[dict[str, Any]]) -> None:
     accuracy_table(rows, "distractors", "accuracy, by distractor segments")
 
 
-def _cell(row: Mapping[str, Any]) -> str:
-    spread = f" ± {row['interval']:.3f}" if row.get("interval") is not None else ""
-    return f"{row['mean']:.3f}{spread}"
+def _cell(row: Mapping[str, Any], digits: str) -> str:
+    if row["mean"] is None:
+        return "diverges"
+    spread = f" ± {row['interval']:{digits}}" if row.get("interval") is not None else ""
+    return f"{row['mean']:{digits}}{spread}"

@@ -1,6 +1,6 @@
 """Full causal attention: the unbounded control every bounded memory is measured against.
 
-B batch, T time, D hidden_size, H heads, d = D / H, C places of the cache.
+B batch, T time, D hidden_size, H heads, d = D / H, C places of the cache, N tokens of a prefix.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from everlong.ops.ragged import common_value, write_at
 from everlong.registry import register
 from everlong.state import State, pad_length
 from everlong.stateful import Stateful, Trace
+
+Prefix = tuple[Tensor, Tensor]  # keys and values [B or 1, N, H, d] that every query sees
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,45 @@ class SelfAttention(nn.Module):
         position = torch.zeros(batch_size, device=device, dtype=torch.long)
         return {"keys": empty, "values": empty, "position": position}
 
-    def project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, D] -> queries, keys (both turned by their positions) and values [B, T, H, d]."""
+    def project(
+        self, x: Tensor, position: Tensor, wide: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] -> queries, keys (both turned by their positions) and values [B, T, H, d].
+
+        `wide` queries [B, T, H, 2 d] are followed by themselves as they were before the turn: what
+        a prefix is met with.
+        """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         cos, sin = rotary.angles(position, x.shape[1], q.shape[-1], 10_000.0, q.dtype)
-        return rotary.apply(q, cos, sin), rotary.apply(k, cos, sin), v
+        turned = rotary.apply(q, cos, sin)
+        return torch.cat([turned, q], -1) if wide else turned, rotary.apply(k, cos, sin), v
+
+    def prefix(self, tokens: Tensor) -> Prefix:
+        """Keys and values of tokens [B or 1, N, D] that have no position: they are as near to every
+        query as the query itself."""
+        _, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        return k, v
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool = False,
+        prefix: Prefix | None = None,
     ) -> Tensor:
-        """q [B, T, H, d], k and v [B, K, H, d], mask Bool [B or 1, T, K] -> [B, T, D]."""
+        """q [B, T, H, d], k and v [B, K, H, d], mask Bool [B or 1, T, K] -> [B, T, D].
+
+        With a `prefix` queries are `wide`, and see all of it beside what the mask shows them.
+        """
+        scale = None
+        if prefix is not None:
+            scale = k.shape[-1] ** -0.5
+            if mask is None:
+                mask = torch.ones(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+                mask = mask.tril() if causal else mask
+            k, v, mask, causal = *_behind(prefix, k, v, mask), False
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2).to(q.dtype),
@@ -86,8 +117,18 @@ class SelfAttention(nn.Module):
             attn_mask=None if mask is None else mask[:, None],
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,
+            scale=scale,
         )
         return self.out(y.transpose(1, 2).flatten(2))
+
+
+def _behind(prefix: Prefix, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys [B, N + K, H, 2 d], values and mask with the prefix before them: keys meet the first
+    half of a wide query, those of the prefix the second."""
+    keys, values = (part.to(k.dtype).expand(k.shape[0], -1, -1, -1) for part in prefix)
+    width = k.shape[-1]
+    k = torch.cat([F.pad(keys, (width, 0)), F.pad(k, (0, width))], 1)
+    return k, torch.cat([values, v], 1), F.pad(mask, (keys.shape[1], 0), value=True)
 
 
 @register(

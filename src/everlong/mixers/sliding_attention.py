@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from everlong.mixers.attention import SelfAttention, check_heads, check_rate
+from everlong.mixers.attention import Prefix, SelfAttention, check_heads, check_rate
 from everlong.ops.ragged import write_ring
 from everlong.registry import register
 from everlong.state import State
@@ -58,28 +58,37 @@ class SlidingAttention(Stateful):
         return self.attention.empty_cache(batch_size, self.config.window, device, dtype)
 
     def run(
-        self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
+        self,
+        x: Tensor,
+        state: State,
+        lengths: Tensor | None,
+        trace: Trace | None,
+        prefix: Prefix | None = None,
     ) -> tuple[Tensor, State]:
+        """`prefix`: keys and values that every query sees besides its window
+        (`SelfAttention.prefix`)."""
         block, outputs = max(self.config.window, _LEAST_BLOCK), []
         for start in range(0, x.shape[1], block):
             piece = x[:, start : start + block]
             inside = None
             if lengths is not None:
                 inside = (lengths - start).clamp(0, piece.shape[1])
-            y, state = self._read(piece, state, inside)
+            y, state = self._read(piece, state, inside, prefix)
             outputs.append(y)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
 
-    def _read(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
+    def _read(
+        self, x: Tensor, state: State, lengths: Tensor | None, prefix: Prefix | None
+    ) -> tuple[Tensor, State]:
         position, length, window = state["position"], x.shape[1], self.config.window
-        q, k, v = self.attention.project(x, position)
+        q, k, v = self.attention.project(x, position, wide=prefix is not None)
         new_state = {
             "keys": write_ring(state["keys"], k, position, lengths),
             "values": write_ring(state["values"], v, position, lengths),
             "position": position + (length if lengths is None else lengths),
         }
         if not bool(position.any()) and length <= window:
-            return self.attention.attend(q, k, v, None, causal=True), new_state
+            return self.attention.attend(q, k, v, None, True, prefix), new_state
         clock = position[:1] if bool((position == position[0]).all()) else position
         index = torch.arange(length, device=x.device)
         near = (index <= index[:, None]) & (index > index[:, None] - window)
@@ -90,4 +99,4 @@ class SlidingAttention(Stateful):
         far = (held >= 0)[:, None] & (held[:, None] > steps[..., None] - window)
         mask = torch.cat([far, near.expand(far.shape[0], -1, -1)], 2)
         keys, values = torch.cat([state["keys"], k], 1), torch.cat([state["values"], v], 1)
-        return self.attention.attend(q, keys, values, mask), new_state
+        return self.attention.attend(q, keys, values, mask, prefix=prefix), new_state

@@ -10,7 +10,7 @@ In titans-pytorch C is `batch_size` (left out, the weights are never refreshed),
 the tokens that share one gradient and one set of gates, and that read nothing of each other. Only
 `chunk_size=1`, their default, does what ours does: gates for every token, and a read behind every
 write. It keeps the weights of every token, and puts them together anew at every refresh of a call:
-calls of C tokens with the state carried compute the same and cost least. `chunk_size=C` is their
+calls of C tokens with the state carried compute the same and cost least, and are timed. `chunk_size=C` is their
 fastest setting with refreshes, and another memory: one step every C tokens.
 """
 
@@ -38,7 +38,7 @@ OURS = "ours"
 GATES = "titans-pytorch, gates for every token"
 ONE_CALL = "titans-pytorch, gates for every token, one call"
 COARSE = "titans-pytorch, one gate and one step a refresh"
-FORMS = (OURS, GATES, ONE_CALL, COARSE)
+FORMS = (OURS, GATES, COARSE)
 DEPTH, EXPANSION = 2, 4  # layers of the memory network, and its hidden width over that of a head
 # By default theirs forgets half of itself every token and steps by up to 1, and within 2,048 tokens
 # its gradients leave float32. With less decay and the smaller step of its own
@@ -55,8 +55,8 @@ Sample = tuple[dict[str, Spent], float]  # milliseconds; those of the operating 
 class LearnersRun:
     """What is timed: `rounds` rounds after one that warms up, on each number of `threads`.
 
-    The form of one call, by far the slowest, is timed once a number of threads, in the last round.
-    About a quarter of an hour, and 15 GB: a form that needs more memory than there is is left out.
+    Theirs with gates for every token, by far the slowest, is timed once a number of threads, in the
+    last round. Some minutes, and 15 GB: a form that needs more memory than there is is left out.
     """
 
     length: int = 2048
@@ -239,7 +239,7 @@ def _time(
     for turn, order in interleaved(list(learners), config.rounds + 1, config.seed):
         say(f"round {turn} of {config.rounds}" if turn else "warming up")
         for cell in order:
-            if cell[0] == ONE_CALL and turn < config.rounds:
+            if cell[0] == GATES and turn < config.rounds:
                 continue
             sample = _run(learners[cell], x, dy)
             if turn:

@@ -82,28 +82,31 @@ def fit_blocks(
     starts: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """What is read, [N, X, Q, V], and each layer's last state; the first `live` blocks move it."""
-    found: Any = _Blocks.apply(inner, live, groups, len(extras), *parts, *extras, *starts)
+    tensors = *parts, *extras, *starts
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    plan = Plan(inner, groups, len(starts), wanted)
+    found: Any = _Blocks.apply(plan, live, len(extras), *tensors)
     return found[0], list(found[1:])
 
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inner: Inner, live: int, groups: int, count: int, *tensors: Any) -> Any:
-        plan = Plan(inner, groups, len(tensors) - _FIXED - count)
-        each = list(_unbound(tensors[: _FIXED + count]))
-        states = [list(tensors[_FIXED + count :])]
-        outputs, kept = [], []
-        for n, fixed in enumerate(each):
-            block = Block(plan, fixed, states[min(n, live)])
+    def forward(ctx: Any, plan: "Plan", live: int, count: int, *tensors: Any) -> Any:
+        fixed, states = tensors[: _FIXED + count], list(tensors[_FIXED + count :])
+        outputs, kept, passed = [], [], [*states]
+        for n, each in enumerate(_unbound(fixed)):
+            block = Block(plan, each, states)
             block.learn()
             outputs.append(block.read())
-            kept += block.saved()
             if n < live:
-                states.append([block.moved(i) for i in range(plan.depth)])
-        flat = [w for layers in states for w in layers]
-        ctx.save_for_backward(*tensors[: _FIXED + count], *flat, *kept)
+                states = [block.moved(i) for i in range(plan.depth)]
+            if plan.wanted:
+                kept += block.saved()
+                passed += states if n < live else ()
+        if plan.wanted:
+            ctx.save_for_backward(*fixed, *passed, *kept)
         ctx.plan, ctx.live, ctx.count = plan, live, count
-        return torch.stack(outputs), *(w.clone() for w in states[-1])
+        return torch.stack(outputs), *(w.clone() for w in states)
 
     @staticmethod
     @first_order
@@ -128,7 +131,7 @@ class _Blocks(torch.autograd.Function):
                 by_fixed.append(None)
                 continue
             by_fixed.append(torch.stack([torch.zeros_like(t[0]) if x is None else x for x in by]))
-        return None, None, None, None, *by_fixed, *by_states
+        return None, None, None, *by_fixed, *by_states
 
 
 def _unbound(tensors: Sequence[Any]) -> Iterator[list[Any]]:
@@ -138,12 +141,17 @@ def _unbound(tensors: Sequence[Any]) -> Iterator[list[Any]]:
         yield [part if part is None else part[n] for part in parts]
 
 
-def gelu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """gelu(z) and its first two derivatives."""
-    below, square = torch.erf(z * 0.5**0.5).add_(1).mul_(0.5), z * z
-    density = torch.exp(square * -0.5).mul_((2 * math.pi) ** -0.5)
-    x, first = z * below, below.addcmul_(z, density)
-    return x, first, density.mul_(square.neg_().add_(2))
+def gelu(z: Tensor, order: int) -> list[Tensor]:
+    """gelu(z) and its first `order` derivatives, of two."""
+    below = torch.erf(z * 0.5**0.5).add_(1).mul_(0.5)
+    found = [z * below]
+    if order:
+        square = z * z
+        density = torch.exp(square * -0.5).mul_((2 * math.pi) ** -0.5)
+        found.append(below.addcmul_(z, density))
+    if order > 1:
+        found.append(density.mul_(square.neg_().add_(2)))
+    return found
 
 
 def _square(x: Tensor) -> Tensor:
@@ -156,9 +164,12 @@ def _add(a: Tensor | None, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Plan:
+    """What all blocks of a call share; `wanted`: gradients."""
+
     inner: Inner
     groups: int
     depth: int
+    wanted: bool
 
 
 class Block:
@@ -207,9 +218,10 @@ class Block:
             for i in range(self.plan.depth):
                 z = self._through(i, x, here)
                 if i + 1 < self.plan.depth:
-                    x, d, dd = gelu(z)
-                    for kept, value in ((self.a, x), (self.d, d), (self.dd, dd)):
-                        self._keep(kept, i + 1, here, value)
+                    x, *slopes = gelu(z, 1 + self.plan.wanted)
+                    kept = (self.a, self.d, self.dd)
+                    for each, value in zip(kept, (x, *slopes), strict=False):
+                        self._keep(each, i + 1, here, value)
                 else:
                     own = [self.plan.inner.error(z, [extra[:, here] for extra in self.extras])]
             for i in reversed(deep):
@@ -274,10 +286,12 @@ class Block:
         part = self.parts
         y = (part.query @ self.states[0]).baddbmm_(part.first, self.w[0])
         for i in range(1, self.plan.depth):
-            self.x[i], self.dx[i], _ = gelu(y)
-            self.raw[i] = self.x[i] @ self.a[i].mT
-            q = stacked(self.x[i], part.into, part.drift)
-            y = (q @ self.states[i]).baddbmm_(self.raw[i] * part.pairs, self.w[i])
+            x, *slopes = gelu(y, int(self.plan.wanted))
+            raw = x @ self.a[i].mT
+            q = stacked(x, part.into, part.drift)
+            y = (q @ self.states[i]).baddbmm_(raw * part.pairs, self.w[i])
+            if self.plan.wanted:
+                self.x[i], self.dx[i], self.raw[i] = x, slopes[0], raw
         return y
 
     def _key(self, i: int) -> Tensor:

@@ -10,8 +10,8 @@ In titans-pytorch C is `batch_size` (left out, the weights are never refreshed),
 the tokens that share one gradient and one set of gates, and that read nothing of each other. Only
 `chunk_size=1`, their default, does what ours does: gates for every token, and a read behind every
 write. It keeps the weights of every token, and puts them together anew at every refresh of a call:
-calls of C tokens with the state carried compute the same and cost least, and are timed. `chunk_size=C` is their
-fastest setting with refreshes, and another memory: one step every C tokens.
+calls of C tokens with the state carried compute the same and cost least, and are what is timed.
+`chunk_size=C` is their fastest setting with refreshes, and another memory: one step every C tokens.
 """
 
 import importlib

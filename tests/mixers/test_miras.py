@@ -5,7 +5,6 @@ import torch
 
 import everlong
 from everlong import state as states
-from everlong.mixers.titans import TitansConfig
 from laws.cases import memory_case
 from laws.checks import check
 
@@ -57,13 +56,23 @@ def test_a_variant_obeys(variant, law, tmp_path):
     check(law, memory_case(name, **options), tmp_path)
 
 
+NORMED = {"norm": True, "channel_steps": True}
+OMEGA = {"key_size": 16, "degree": 2, "window": 8, "step_size": 0.1}
+CHOICES = {
+    "titans": {"algorithm": "momentum", "step_size": 0.05, "max_surprise": 1.0},
+    "moneta": {**NORMED, "bias": "lp", "retention": "lq", "step_size": 0.01, "max_surprise": 1.0},
+    "yaad": {**NORMED, "bias": "huber"},
+    "memora": {**NORMED, "retention": "softmax"},
+    "omeganet": OMEGA,
+    "atlas": {**OMEGA, "algorithm": "muon", "every": 4},
+}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_its_choices(name):
-    """`miras` with the preset's choices, under the same parameters, gives the same bits."""
-    preset = everlong.create_memory(name, "small", hidden_size=24, num_heads=3)
-    choices = preset.config
-    options = {key: value for key, value in vars(choices).items() if value is not None}
-    general = everlong.create_memory("miras", **options)
+    """`miras` with the choices of the page, under the same parameters, gives the same bits."""
+    preset = everlong.create_memory(name, hidden_size=24, num_heads=1)
+    general = everlong.create_memory("miras", hidden_size=24, num_heads=1, **CHOICES[name])
     general.load_state_dict(preset.state_dict())
     x = noise(2, 19).float()[..., None] * noise(24, seed=2).float()
     (a, state), (b, other) = preset(x), general(x)
@@ -191,7 +200,15 @@ def test_ten_thousand_positions_stay_finite_and_alive(name):
     held = list(state["weights"])
     for w in memory.config.kept.read(held, held):
         assert w.isfinite().all()
-        assert 1e-2 < float(w.abs().max()) < 100
+        assert 1e-2 < float(w.abs().max()) < 1000
+    four = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(99)).repeat(1, 64, 1)
+    with torch.no_grad():
+        _, after = memory(four, state)
+        moved = torch.stack(
+            [(a - b).norm() for a, b in zip(after["weights"], state["weights"], strict=True)]
+        )
+    scale = torch.stack([w.norm() for w in state["weights"]])
+    assert (moved > 0.02 * scale).all(), "what comes again and again changes the memory"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -243,6 +260,11 @@ def test_recall_reads_and_writes_nothing():
         ("miras", {"step_size": 0.0}, "step_size is 0.0"),
         ("miras", {"max_surprise": -1.0}, "max_surprise is -1.0"),
         ("miras", {"decay_first": True}, "depth=1"),
+        ("miras", {"decay_first": True, "depth": 1, "retention": "softmax"}, 'retention="l2"'),
+        ("miras", {"every": 4}, 'algorithm="muon"'),
+        ("miras", {"degree": 30}, "smaller key_size or degree"),
+        ("omeganet", {"key_size": 0}, "key_size must be at least 1"),
+        ("titans_mag", {"memory": {1: 2}}, "table of options"),
         ("miras", {"algorithm": "muon", "every": 3}, "divisor of chunk_size"),
         ("miras", {"retention": "softmax", "algorithm": "momentum"}, 'algorithm="gd"'),
         ("miras", {"retention": "lq", "power": 3.0}, "another power"),
@@ -260,6 +282,34 @@ def test_what_cannot_be_meant_is_refused(name, options, words):
     assert words in str(error.value)
 
 
-def test_published_and_safe_titans_differ_only_in_the_clip():
-    assert TitansConfig(D, H).max_surprise == 1.0
-    assert TitansConfig(D, H, max_surprise=None).miras().max_surprise is None
+def test_published_and_safe_titans_differ_where_surprise_is_large():
+    safe, published = make("titans"), make("titans", max_surprise=None)
+    x = noise(2, 40, D)
+    surprised = 30 * torch.randn(D, D, generator=torch.Generator().manual_seed(3)).double()
+    with torch.no_grad():
+        torch.testing.assert_close(safe(1e-3 * x)[0], published(1e-3 * x)[0])
+        for memory in (safe, published):
+            memory.qkv.weight[-D:] = surprised
+        assert (safe(x)[0] - published(x)[0]).abs().max() > 1e-3
+
+
+def test_a_state_of_other_options_is_refused():
+    x = noise(2, 5, D)
+    _, state = make("titans", chunk_size=8)(x)
+    for other in (
+        {"chunk_size": 4},
+        {"chunk_size": 8, "depth": 1},
+        {"chunk_size": 8, "conv_size": 0},
+    ):
+        with pytest.raises(ValueError, match="other options"):
+            make("titans", **other)(x, state)
+    with pytest.raises(ValueError, match="other options"):
+        make("miras", chunk_size=8)(x, state)
+
+
+def test_features_made_in_inference_mode_are_no_trap():
+    memory, x = make("omeganet", key_size=2), noise(2, 9, D)
+    with torch.inference_mode():
+        memory(x)
+    memory(x)[0].sum().backward()
+    assert memory.qkv.weight.grad.isfinite().all()

@@ -148,4 +148,4 @@ def _device(name: str) -> str:
 
 def refuse_names(names: Sequence[str]) -> None:
     if names:
-        raise UserError(f"--peers times the scans, not {names[0]}: leave the names out")
+        raise UserError(f"--peers times what has peers, not {names[0]}: leave the names out")

@@ -209,7 +209,7 @@ def their_bytes(state: Any) -> int:
 
 
 def _probe(learner: Learner, refresh: int, config: LearnersRun) -> Row:
-    """Bytes, of a short stream; that everything trained has a finite gradient is asserted."""
+    """Bytes, of a short stream; that everything trained has a gradient is asserted."""
     x, dy = _draw(config.probe, config)
     with LiveBytes() as live:
         _run(learner, x, dy)

@@ -4,8 +4,9 @@ B batch, T time, D hidden_size, H heads, C chunk_size, W window.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-from everlong.mixers.miras import Miras, MirasConfig
+from everlong.mixers.miras import Miras
 from everlong.mixers.omeganet import OmegaNetConfig
 from everlong.registry import register
 
@@ -15,13 +16,12 @@ class AtlasConfig(OmegaNetConfig):
     """every: positions between two steps, a divisor of chunk_size (None: chunk_size); step_size:
     the most a step moves a matrix, in its spectral norm. Others as in `omeganet`."""
 
-    step_size: float = 0.02
-    every: int | None = None
+    step_size: float = 0.1
+    every: int | None = 4
 
-    def miras(self) -> MirasConfig:
-        """The choices in the terms of `miras`."""
-        options = {**vars(super().miras()), "algorithm": "muon", "every": self.every}
-        return MirasConfig(**options)
+    def more(self) -> dict[str, Any]:
+        """What `miras` is told besides, or otherwise."""
+        return {**super().more(), "algorithm": "muon"}
 
 
 @register(
@@ -47,8 +47,7 @@ class Atlas(Miras):
 
     NS needs the matrix: there is no dual form. A step is taken at every `every`-th position of a
     chunk, with keep_t alone at the others; every=1 is the equation, at the time and memory of all
-    weights a position. With every = chunk_size, the default, nothing of a chunk is read within it:
-    set a layer of attention beside it.
+    weights a position. With every = chunk_size nothing of a chunk is read within it.
 
     State: as `miras`, with momenta; pending holds W + C - 2 places.
     """

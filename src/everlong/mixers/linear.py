@@ -52,15 +52,20 @@ def normed(norm: nn.RMSNorm, o: Tensor, x: Tensor) -> Tensor:
 
 
 def reference(
-    memory: Stateful, x: Tensor, state: State | None = None, mask: Tensor | None = None
+    memory: Stateful,
+    x: Tensor,
+    state: State | None = None,
+    mask: Tensor | None = None,
+    read: Callable[[Tensor, State], tuple[Tensor, State]] | None = None,
 ) -> tuple[Tensor, State]:
-    """The step form: one position a call, which the operators read by their definition; a masked
-    position leaves its row as it was."""
+    """The step form: one position a call, which the operators read by their definition (or `read`
+    does); a masked position leaves its row as it was."""
     state = memory.init_state(x.shape[0]) if state is None else state
-    real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
     outputs = []
     for here, x_t in zip(real.unbind(1), x.split(1, 1), strict=True):
-        y, after = memory.run(x_t, state, None, None)
+        x_t = torch.where(here[:, None, None], x_t, 0)
+        y, after = memory.run(x_t, state, None, None) if read is None else read(x_t, state)
         state = states.where(here, after, state)
         outputs.append(torch.where(here[:, None, None], y, 0))
     return torch.cat(outputs, 1), state

@@ -14,8 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from everlong import state as states
-from everlong.mixers.linear import EPS, ShortConvolution, by_spans, check_sizes, normed, unit
+from everlong.mixers.linear import (
+    EPS,
+    ShortConvolution,
+    by_spans,
+    check_sizes,
+    normed,
+    reference,
+    unit,
+)
 from everlong.ops.biases import BIASES, LEVELLED
 from everlong.ops.block import Inner
 from everlong.ops.dual import Call, Pairs, dual, dual_reference, network
@@ -25,12 +32,13 @@ from everlong.ops.grid import Grid
 from everlong.ops.retention import RETENTIONS, Retention
 from everlong.ops.schedule import Gates, lags
 from everlong.registry import register, suggest
-from everlong.state import State
+from everlong.state import State, flatten
 from everlong.stateful import Stateful, Trace
 
 ALGORITHMS = ("gd", "momentum", "muon")
 _KEPT = 7.0  # bias of the gate that keeps, .999 a position: at .99 two layers fade to 0 for good
 _SPREAD = 0.01  # under the root of LayerNorm: without it small outputs are steered ever faster
+_MOST_FEATURES = 20_000  # of a key
 _RANK = 32  # of the map to one step size a channel
 
 
@@ -48,9 +56,9 @@ class MirasConfig:
     window: pairs that each step learns from. chunk_size: positions whose gradients are taken at the
     same weights; part of the function, not a question of speed. step_size: the most a pair's gate
     gives; channel_steps: one a channel of values, not one a head. decay_first: the error of a pair
-    is that of the memory as it has faded by then. max_surprise: longer gradients of a pair are
-    shortened to this length. conv_size: positions the convolutions see; 0: none. gate: of the
-    output. unit_keys: keys and queries have length 1."""
+    is that of the memory as it has faded by then. max_surprise: longer gradients of a pair, with
+    its channels' steps in them, are shortened to this length. conv_size: positions the convolutions
+    see; 0: none. gate: of the output. unit_keys: keys and queries have length 1."""
 
     hidden_size: int
     num_heads: int
@@ -80,21 +88,32 @@ class MirasConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, conv_size=0, depth=1, expansion=1, degree=1, window=1, chunk_size=1)
-        _choice("bias", self.bias, [*BIASES, "dot"])
-        _choice("retention", self.retention, RETENTIONS)
-        _choice("algorithm", self.algorithm, ALGORITHMS)
+        choice("bias", self.bias, [*BIASES, "dot"])
+        choice("retention", self.retention, RETENTIONS)
+        choice("algorithm", self.algorithm, ALGORITHMS)
         for name in ("step_size", "exponent", "power", "max_surprise"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}: give a number above 0")
-        if self.decay_first and (self.depth > 1 or self.window > 1):
-            raise ValueError("decay_first is for a linear memory: give depth=1 and window=1")
+        linear = self.depth == 1 and self.window == 1
+        if self.decay_first and not (linear and self.retention == "l2" and self.bias != "dot"):
+            raise ValueError(
+                "decay_first is for a linear memory that fades and sees an error: give depth=1, "
+                'window=1, retention="l2" and a bias that is not "dot"'
+            )
+        if self.every is not None and self.algorithm != "muon":
+            raise ValueError('every is for algorithm="muon": leave it out')
         if self.every is not None and (self.every < 1 or self.chunk_size % self.every):
             raise ValueError(
                 f"every is {self.every}: give a divisor of chunk_size = {self.chunk_size}"
             )
         if self.retention not in ("none", "l2") and self.algorithm != "gd":
             raise ValueError(f'retention "{self.retention}" goes with algorithm="gd" alone')
+        if (size := polynomial_size(self.key_width, self.degree)) > _MOST_FEATURES:
+            raise ValueError(
+                f"degree {self.degree} of keys of width {self.key_width} makes {size:,} features, "
+                f"more than {_MOST_FEATURES:,}: give a smaller key_size or degree"
+            )
         self.kept.check()
 
     @property
@@ -110,7 +129,8 @@ class MirasConfig:
         return Retention(self.retention, self.power, self.threshold)
 
 
-def _choice(name: str, value: str, known: Any) -> None:
+def choice(name: str, value: str, known: Any) -> None:
+    """`ValueError` unless the option's value is a known one."""
     if value not in known:
         raise ValueError(
             f"{name} is {value!r}: use one of {', '.join(known)}{suggest(str(value), known)}"
@@ -188,6 +208,7 @@ class Miras(Stateful):
         self.norm = nn.RMSNorm(values, eps=EPS)
         self.gate = nn.Linear(width, heads * values, bias=False) if config.gate else None
         self.out = nn.Linear(heads * values, width, bias=False)
+        self.shapes = _shapes(self.init_state(1))
 
     def _gate_starts(self) -> dict[str, list[float]]:
         """The gates of a head, and the biases they start with."""
@@ -232,21 +253,23 @@ class Miras(Stateful):
     def run(
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
     ) -> tuple[Tensor, State]:
+        self._check(state)
         return by_spans(self._span, (x,), state, lengths)
+
+    def _check(self, state: State) -> None:
+        """`ValueError` for a state of other options, which would fit and mean something else."""
+        if _shapes(state) != self.shapes:
+            raise ValueError(
+                "the state is of a memory with other options (chunk_size, window, depth ...): "
+                "give it to that one"
+            )
 
     def reference(
         self, x: Tensor, state: State | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """What `forward` equals: position by position, weights made explicit and gradients taken by
         automatic differentiation; a masked position leaves its row as it was."""
-        state = self.init_state(x.shape[0]) if state is None else state
-        real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        outputs = []
-        for here, x_t in zip(real.unbind(1), x.split(1, 1), strict=True):
-            y, after = self._span(torch.where(here[:, None, None], x_t, 0), state, None, dense=True)
-            state = states.where(here, after, state)
-            outputs.append(torch.where(here[:, None, None], y, 0))
-        return torch.cat(outputs, 1), state
+        return reference(self, x, state, mask, lambda x, s: self._span(x, s, None, dense=True))
 
     def _span(
         self, x: Tensor, state: State, lengths: Tensor | None, dense: bool = False
@@ -359,7 +382,8 @@ class Miras(Stateful):
         if self.bridge is None:
             return x
         bridge = self.bridge.to(x.dtype)
-        return x @ bridge.repeat(x.shape[-3] // len(bridge), 1, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ bridge.repeat(x.shape[-3] // len(bridge), 1, 1)
 
     def _features(self, x: Tensor) -> Tensor:
         if self.config.degree == 1:
@@ -411,6 +435,11 @@ class Miras(Stateful):
         g = g * gain
         across = (g * flat).mean(-1, keepdim=True)
         return (g - g.mean(-1, keepdim=True) - flat * across) / spread
+
+
+def _shapes(state: State) -> dict[str, torch.Size]:
+    """Of every leaf, without its rows."""
+    return {path: leaf.shape[1:] for path, leaf in flatten(state).items()}
 
 
 class _HeadGates(nn.Module):

@@ -5,8 +5,8 @@ B batch, T time, D hidden_size, H heads, C chunk_size.
 
 from dataclasses import dataclass
 
-from everlong.mixers.miras import Miras, MirasConfig
-from everlong.registry import register, suggest
+from everlong.mixers.miras import Miras, MirasConfig, choice
+from everlong.registry import register
 
 _MAPS = {"paper": "lq", "dual": "lq_dual"}
 
@@ -28,10 +28,7 @@ class MonetaConfig:
     conv_size: int = 4
 
     def __post_init__(self) -> None:
-        if self.map not in _MAPS:
-            raise ValueError(
-                f"map is {self.map!r}: use one of {', '.join(_MAPS)}{suggest(str(self.map), _MAPS)}"
-            )
+        choice("map", self.map, _MAPS)
         self.miras()
 
     def miras(self) -> MirasConfig:

@@ -4,6 +4,7 @@ B batch, T time, D hidden_size, H heads, C chunk_size, W window.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from everlong.mixers.miras import Miras, MirasConfig
 from everlong.registry import register
@@ -31,11 +32,17 @@ class OmegaNetConfig:
 
     def miras(self) -> MirasConfig:
         """The choices in the terms of `miras`."""
-        return MirasConfig(**{**vars(self), "key_size": self.key_size or narrow(self)})
+        return MirasConfig(**{**vars(self), **self.more()})
+
+    def more(self) -> dict[str, Any]:
+        """What `miras` is told besides, or otherwise."""
+        return {"key_size": narrow(self)}
 
 
 def narrow(config: OmegaNetConfig) -> int:
-    """The width of keys where none is given: their features are about half its square."""
+    """The width of keys; where none is given at most 16: features are about half its square."""
+    if config.key_size is not None:
+        return config.key_size
     return max(1, min(16, config.hidden_size // max(1, config.num_heads)))
 
 

@@ -40,7 +40,7 @@ class JoinedConfig:
             raise ValueError(
                 f"num_persistent is {self.num_persistent}: give tokens, or 0 for none of them"
             )
-        if not isinstance(self.memory, Mapping):
+        if not isinstance(self.memory, Mapping) or not all(isinstance(k, str) for k in self.memory):
             raise ValueError(
                 f"memory must be a table of options of {MEMORY}, such as "
                 f'{{"chunk_size": 16}}, got {self.memory!r}'
@@ -92,7 +92,7 @@ class Windowed(Joined):
     def __init__(self, config: WindowConfig):
         super().__init__(config)
         self.attention = SlidingAttention(config.attention_config())
-        self.period = self.memory.period
+        self.period = self.memory.period  # its chunks end where N_p + position is a multiple
 
     def fresh(
         self, batch_size: int, device: torch.device | str | None, dtype: torch.dtype | None

@@ -5,8 +5,8 @@ B batch, T time, D hidden_size, H heads, C chunk_size.
 
 from dataclasses import dataclass
 
-from everlong.mixers.miras import Miras, MirasConfig
-from everlong.registry import register, suggest
+from everlong.mixers.miras import Miras, MirasConfig, choice
+from everlong.registry import register
 
 _FORMS = {"mixture": "huber_mixture", "vector": "huber", "coordinate": "huber_coordinate"}
 
@@ -26,9 +26,7 @@ class YaadConfig:
     conv_size: int = 4
 
     def __post_init__(self) -> None:
-        if self.form not in _FORMS:
-            hint = suggest(str(self.form), _FORMS)
-            raise ValueError(f"form is {self.form!r}: use one of {', '.join(_FORMS)}{hint}")
+        choice("form", self.form, _FORMS)
         self.miras()
 
     def miras(self) -> MirasConfig:

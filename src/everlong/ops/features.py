@@ -46,20 +46,20 @@ def polynomial(x: Tensor, coefficients: Tensor) -> Tensor:
     roots = torch.where(on, torch.where(on, coefficients, 1).sqrt(), 0).to(x.dtype)
     block, features = torch.ones_like(x[..., :1]), []
     for degree, root in enumerate(roots):
+        before, last, weights = _monomials(x.shape[-1], degree)
         if degree:
-            before, last, _ = (part.to(x.device) for part in _monomials(x.shape[-1], degree))
+            before, last = (torch.tensor(places, device=x.device) for places in (before, last))
             block = block.index_select(-1, before) * x.index_select(-1, last)
-        weights = _monomials(x.shape[-1], degree)[2].to(x.device, x.dtype)
-        features.append(block * (root * weights))
+        features.append(block * (root * torch.tensor(weights, device=x.device, dtype=x.dtype)))
     return torch.cat(features, -1)
 
 
 @lru_cache(maxsize=64)
-def _monomials(width: int, degree: int) -> tuple[Tensor, Tensor, Tensor]:
+def _monomials(width: int, degree: int) -> tuple[list[int], list[int], list[float]]:
     """Of each monomial of `degree`: the one of a degree less that it is, times which variable, and
     the root of how many orders its factors have, i! / n!."""
     if degree == 0:
-        return torch.zeros(1).long(), torch.zeros(1).long(), torch.ones(1, dtype=torch.float64)
+        return [0], [0], [1.0]
     lower = combinations_with_replacement(range(width), degree - 1)
     places = {monomial: place for place, monomial in enumerate(lower)}
     all_of_them = list(combinations_with_replacement(range(width), degree))
@@ -68,7 +68,7 @@ def _monomials(width: int, degree: int) -> tuple[Tensor, Tensor, Tensor]:
         for monomial in all_of_them
     ]
     return (
-        torch.tensor([places[monomial[:-1]] for monomial in all_of_them]),
-        torch.tensor([monomial[-1] for monomial in all_of_them]),
-        torch.tensor(orders, dtype=torch.float64).sqrt(),
+        [places[monomial[:-1]] for monomial in all_of_them],
+        [monomial[-1] for monomial in all_of_them],
+        [order**0.5 for order in orders],
     )

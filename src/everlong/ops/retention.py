@@ -69,9 +69,7 @@ class Retention:
 
     def start(self, heads: int, entering: int, leaving: int) -> nn.Parameter:
         """A of a fresh stream, learned, [H, I, O]: that of random weights."""
-        w = nn.init.xavier_normal_(torch.empty(entering, leaving)).expand(heads, -1, -1).clone()
-        for each in w:
-            nn.init.xavier_normal_(each)
+        w = torch.randn(heads, entering, leaving) * (2 / (entering + leaving)) ** 0.5
         if self.kind == "softmax":
             w = torch.randn_like(w)
         elif self.kind == "lq":

@@ -184,3 +184,10 @@ def test_only_plain_types_and_their_unions_are_checked():
     registry.check_types(Options, {"betas": (1, 2), "rate": 1}, "these")
     with pytest.raises(ValueError, match="these: rate must be None or a number"):
         registry.check_types(Options, {"rate": "fast"}, "these")
+
+
+def test_none_is_spelled_in_files_and_on_command_lines():
+    memory = everlong.create_memory("titans", hidden_size=8, num_heads=1, max_surprise="none")
+    assert memory.config.max_surprise is None
+    with pytest.raises(ValueError, match="chunk_size must be a whole number"):
+        everlong.create_memory("titans", hidden_size=8, num_heads=1, chunk_size="none")

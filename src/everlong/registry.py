@@ -118,8 +118,15 @@ def build_config(entry: Entry, options: Mapping[str, Any]) -> Any:
     ]
     if missing:
         raise ValueError(f"{entry.name} needs {', '.join(missing)}")
+    options = {key: _spelled(entry.config, key, value) for key, value in options.items()}
     check_types(entry.config, options, entry.name)
     return entry.config(**options)
+
+
+def _spelled(config: type, key: str, value: Any) -> Any:
+    """None for "none", as files and command lines must spell it, where an option may be None."""
+    kinds = set(get_args(get_type_hints(config)[key]))
+    return None if value == "none" and type(None) in kinds and str not in kinds else value
 
 
 def check_types(config: type, options: Mapping[str, Any], origin: str) -> None:

@@ -68,6 +68,11 @@ def batch_size(state: State) -> int:
     return leaves(state)[0].shape[0]
 
 
+def shapes(state: State) -> dict[str, torch.Size]:
+    """Of every leaf by its path, without the rows."""
+    return {path: leaf.shape[1:] for path, leaf in flatten(state).items()}
+
+
 def num_bytes(state: State) -> int:
     """Bytes held by the leaves, all rows together: what a server must keep between two calls."""
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(state))

@@ -72,6 +72,7 @@ class Stateful(nn.Module):
 
     period: int = 1  # segment or chunk length: boundaries lie at its multiples of stream positions
     hidden_size: int | None = None  # width D of the inputs, checked at the door where it is set
+    shapes: dict[str, torch.Size] | None = None  # of a state's leaves without rows, likewise
 
     def init_state(
         self,
@@ -136,6 +137,11 @@ class Stateful(nn.Module):
         elif (rows := states.batch_size(state)) != x.shape[0]:
             raise ValueError(
                 f"the state holds {rows} rows and x {x.shape[0]}: use state.select or state.cat"
+            )
+        if self.shapes is not None and states.shapes(state) != self.shapes:
+            raise ValueError(
+                "the state is of a memory with other options (chunk_size, window, depth ...): give "
+                "it to that one"
             )
         if mask is None:
             return self.run(x, state, lengths, trace, **inputs)

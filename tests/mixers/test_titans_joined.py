@@ -259,3 +259,14 @@ def test_a_model_is_made_of_them(name):
     model = everlong.EverlongForCausalLM(loaded)
     logits, _ = model.stream(torch.randint(0, 256, (1, 5)))
     assert logits.shape == (1, 5, 259)
+
+
+def test_a_state_of_another_segment_or_window_is_refused():
+    x = noise(2, 9, 24)
+    _, state = make("titans_mac", segment_length=8)(x)
+    with pytest.raises(ValueError, match="other options"):
+        make("titans_mac", segment_length=4)(x, state)
+    for name in ("titans_mag", "titans_mal"):
+        _, state = make(name, window=5)(x)
+        with pytest.raises(ValueError, match="other options"):
+            make(name, window=4)(x, state)

@@ -52,7 +52,7 @@ def recall(
     changes: Annotated[tuple[str, ...], Parameter(name="--set", negative=())] = (),
     out: Path = Path("runs/bench"),
 ) -> None:
-    """Train the recall task: both forms of Memformer and their controls, over seeds.
+    """Train the recall task, over seeds: both forms of Memformer and their controls, or a family.
 
     Parameters
     ----------

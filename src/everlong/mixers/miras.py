@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from everlong import state as states
 from everlong.mixers.linear import (
     EPS,
     ShortConvolution,
@@ -32,7 +33,7 @@ from everlong.ops.grid import Grid
 from everlong.ops.retention import RETENTIONS, Retention
 from everlong.ops.schedule import Gates, lags
 from everlong.registry import register, suggest
-from everlong.state import State, flatten
+from everlong.state import State
 from everlong.stateful import Stateful, Trace
 
 ALGORITHMS = ("gd", "momentum", "muon")
@@ -208,7 +209,7 @@ class Miras(Stateful):
         self.norm = nn.RMSNorm(values, eps=EPS)
         self.gate = nn.Linear(width, heads * values, bias=False) if config.gate else None
         self.out = nn.Linear(heads * values, width, bias=False)
-        self.shapes = _shapes(self.init_state(1))
+        self.shapes = states.shapes(self.init_state(1))
 
     def _gate_starts(self) -> dict[str, list[float]]:
         """The gates of a head, and the biases they start with."""
@@ -253,16 +254,7 @@ class Miras(Stateful):
     def run(
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
     ) -> tuple[Tensor, State]:
-        self._check(state)
         return by_spans(self._span, (x,), state, lengths)
-
-    def _check(self, state: State) -> None:
-        """`ValueError` for a state of other options, which would fit and mean something else."""
-        if _shapes(state) != self.shapes:
-            raise ValueError(
-                "the state is of a memory with other options (chunk_size, window, depth ...): "
-                "give it to that one"
-            )
 
     def reference(
         self, x: Tensor, state: State | None = None, mask: Tensor | None = None
@@ -435,11 +427,6 @@ class Miras(Stateful):
         g = g * gain
         across = (g * flat).mean(-1, keepdim=True)
         return (g - g.mean(-1, keepdim=True) - flat * across) / spread
-
-
-def _shapes(state: State) -> dict[str, torch.Size]:
-    """Of every leaf, without its rows."""
-    return {path: leaf.shape[1:] for path, leaf in flatten(state).items()}
 
 
 class _HeadGates(nn.Module):

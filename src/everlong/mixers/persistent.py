@@ -43,7 +43,7 @@ class JoinedConfig:
         if not isinstance(self.memory, Mapping) or not all(isinstance(k, str) for k in self.memory):
             raise ValueError(
                 f"memory must be a table of options of {MEMORY}, such as "
-                f'{{"chunk_size": 16}}, got {self.memory!r}'
+                f"chunk_size = 16, got {self.memory!r}"
             )
         if self.memory.get("hidden_size", self.hidden_size) != self.hidden_size:
             raise ValueError("memory: hidden_size is that of the layer, leave it out")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from everlong import state as states
 from everlong.mixers.attention import Prefix, SelfAttention, check_heads, check_rate
 from everlong.ops.ragged import write_ring
 from everlong.registry import register
@@ -52,6 +53,7 @@ class SlidingAttention(Stateful):
         super().__init__()
         self.config, self.hidden_size = config, config.hidden_size
         self.attention = SelfAttention(config.hidden_size, config.num_heads, config.dropout)
+        self.shapes = states.shapes(self.init_state(1))
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         device, dtype = self._defaults(device, dtype)

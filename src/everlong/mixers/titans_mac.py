@@ -34,7 +34,7 @@ class TitansMACConfig(JoinedConfig):
         if self.segment_length % chunk:
             raise ValueError(
                 f"segment_length {self.segment_length} is no multiple of the memory's chunk_size "
-                f'{chunk}: change one of them (memory={{"chunk_size": ...}}); where a segment '
+                f"{chunk}: change one of them (memory.chunk_size); where a segment "
                 "begins, the memory must have nothing left to write"
             )
 
@@ -80,6 +80,7 @@ class TitansMAC(Joined):
         self.period = config.segment_length
         self.attention = SelfAttention(config.hidden_size, config.num_heads, config.dropout)
         self.gate = Gate(config.hidden_size)
+        self.shapes = states.shapes(self.init_state(1))
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         memory = self.memory.init_state(1, device=device, dtype=dtype)

@@ -95,6 +95,14 @@ def test_it_is_the_explicit_form(depth, chunk, window, momentum, full):
     assert_equal(everything(fast(*inputs), leaves, inputs[2]), wanted, 1e-11)
 
 
+@pytest.mark.parametrize(
+    ("chunk", "window"), [(4, 4), (16, 4), (64, 4), (4, 16), (16, 16), (64, 16)]
+)
+def test_of_windows_longer_and_shorter_than_a_chunk(chunk, window):
+    inputs, leaves = draw(2, chunk, window, momentum=False, n=3)
+    assert_equal(everything(fast(*inputs), leaves), everything(slow(*inputs), leaves), 1e-10)
+
+
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("depth", [1, 3])
 def test_of_every_bias(bias, depth):

@@ -72,7 +72,7 @@ class Stateful(nn.Module):
 
     period: int = 1  # segment or chunk length: boundaries lie at its multiples of stream positions
     hidden_size: int | None = None  # width D of the inputs, checked at the door where it is set
-    shapes: dict[str, torch.Size] | None = None  # of a state's leaves without rows, likewise
+    state_shapes: dict[str, torch.Size] | None = None  # of a state's leaves without rows, likewise
 
     def init_state(
         self,
@@ -138,7 +138,7 @@ class Stateful(nn.Module):
             raise ValueError(
                 f"the state holds {rows} rows and x {x.shape[0]}: use state.select or state.cat"
             )
-        if self.shapes is not None and states.shapes(state) != self.shapes:
+        if self.state_shapes is not None and states.shapes(state) != self.state_shapes:
             raise ValueError(
                 "the state is of a memory with other options (chunk_size, window, depth ...): give "
                 "it to that one"

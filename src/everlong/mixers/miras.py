@@ -209,7 +209,7 @@ class Miras(Stateful):
         self.norm = nn.RMSNorm(values, eps=EPS)
         self.gate = nn.Linear(width, heads * values, bias=False) if config.gate else None
         self.out = nn.Linear(heads * values, width, bias=False)
-        self.shapes = states.shapes(self.init_state(1))
+        self.state_shapes = states.shapes(self.init_state(1))
 
     def _gate_starts(self) -> dict[str, list[float]]:
         """The gates of a head, and the biases they start with."""

@@ -53,7 +53,7 @@ class SlidingAttention(Stateful):
         super().__init__()
         self.config, self.hidden_size = config, config.hidden_size
         self.attention = SelfAttention(config.hidden_size, config.num_heads, config.dropout)
-        self.shapes = states.shapes(self.init_state(1))
+        self.state_shapes = states.shapes(self.init_state(1))
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         device, dtype = self._defaults(device, dtype)

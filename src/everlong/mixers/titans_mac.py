@@ -80,7 +80,7 @@ class TitansMAC(Joined):
         self.period = config.segment_length
         self.attention = SelfAttention(config.hidden_size, config.num_heads, config.dropout)
         self.gate = Gate(config.hidden_size)
-        self.shapes = states.shapes(self.init_state(1))
+        self.state_shapes = states.shapes(self.init_state(1))
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         memory = self.memory.init_state(1, device=device, dtype=dtype)

@@ -27,7 +27,11 @@ class TitansMALConfig(WindowConfig):
     config=TitansMALConfig,
     paper="Behrouz et al. 2025, arXiv 2501.00663",
     keeps="a memory trained as it reads, and attention to what it gave at the last `window` tokens",
-    small={"window": 5, "num_persistent": 3, "memory": {"chunk_size": 4, "expansion": 2}},
+    small={
+        "window": 5,
+        "num_persistent": 3,
+        "memory": {"chunk_size": 4, "expansion": 2, "max_surprise": 0.5},
+    },
 )
 class TitansMAL(Windowed):
     """Memory as a layer (arXiv 2501.00663, section 4.3). With persistent tokens P,

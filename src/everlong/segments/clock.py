@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from everlong import state as states
+from everlong.ops.spans import spans
 from everlong.stack import Stack, StackConfig
 from everlong.state import State, pad_length
 from everlong.stateful import Stateful, Trace
@@ -58,25 +59,12 @@ class SegmentMemory(Stateful):
     def run(
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
     ) -> tuple[Tensor, State]:
-        outputs, start = [], 0
-        while start < x.shape[1]:
-            position = state["position"]
-            room = self.period - position % self.period
-            if lengths is None:
-                step = min(x.shape[1] - start, int(room.min()))
-                moved, inside = torch.full_like(position, step), None
-            else:
-                left = (lengths - start).clamp(min=0)
-                if not bool(left.any()):
-                    break
-                step = min(x.shape[1] - start, int(room[left > 0].min()))
-                moved = inside = left.clamp(max=step)
-            full = moved == room
-            full = full if bool(full.any()) else None
-            y, state = self.span(x[:, start : start + step], state, inside, full, trace)
+        outputs = []
+        for start, stop, inside, full in spans(state["position"], x.shape[1], lengths, self.period):
+            position, moved = state["position"], stop - start if inside is None else inside
+            y, state = self.span(x[:, start:stop], state, inside, full, trace)
             state = {**state, "position": position + moved}
             outputs.append(y)
-            start += step
         if not outputs:  # every row is masked throughout
             y, _ = self.span(x[:, :1], state, torch.zeros_like(state["position"]), None, None)
             outputs.append(y)

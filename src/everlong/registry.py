@@ -6,7 +6,7 @@ import fnmatch
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -75,6 +75,14 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for a near miss, else nothing."""
     near = difflib.get_close_matches(word, list(choices), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_choice(name: str, value: Any, known: Collection[str]) -> None:
+    """`ValueError` that says what was meant, unless the option's value is a known one."""
+    if value not in known:
+        raise ValueError(
+            f"{name} is {value!r}: use one of {', '.join(known)}{suggest(str(value), known)}"
+        )
 
 
 def memory_entry(name: str) -> Entry:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from everlong.mixers.linear import LinearMixer, check_sizes, unit
 from everlong.ops.exponential import exponential_memory
 from everlong.ops.ragged import write_at
-from everlong.registry import register, suggest
+from everlong.registry import check_choice, register
 from everlong.state import State, pad_length
 from everlong.stateful import Trace
 
@@ -40,9 +40,7 @@ class DotConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, conv_size=0)
-        if self.rule not in RULES:
-            hint = suggest(str(self.rule), RULES)
-            raise ValueError(f"rule is {self.rule!r}: use one of {', '.join(RULES)}{hint}")
+        check_choice("rule", self.rule, RULES)
         if not 0 < self.max_step <= 2:
             raise ValueError(
                 f"max_step is {self.max_step}: give a number above 0 and at most 2, beyond which "

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from everlong.mixers.linear import LinearMixer, check_sizes
-from everlong.registry import register, suggest
+from everlong.registry import check_choice, register
 from everlong.state import State
 
 _MAPS = ("elu", "identity")
@@ -30,11 +30,7 @@ class LinearAttentionConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self)
-        if self.feature_map not in _MAPS:
-            hint = suggest(str(self.feature_map), _MAPS)
-            raise ValueError(
-                f"feature_map is {self.feature_map!r}: use one of {', '.join(_MAPS)}{hint}"
-            )
+        check_choice("feature_map", self.feature_map, _MAPS)
 
 
 @register(

@@ -32,7 +32,7 @@ from everlong.ops.features import polynomial, polynomial_size
 from everlong.ops.grid import Grid
 from everlong.ops.retention import RETENTIONS, Retention
 from everlong.ops.schedule import Gates, lags
-from everlong.registry import register, suggest
+from everlong.registry import check_choice, register
 from everlong.state import State
 from everlong.stateful import Stateful, Trace
 
@@ -89,9 +89,9 @@ class MirasConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, conv_size=0, depth=1, expansion=1, degree=1, window=1, chunk_size=1)
-        choice("bias", self.bias, [*BIASES, "dot"])
-        choice("retention", self.retention, RETENTIONS)
-        choice("algorithm", self.algorithm, ALGORITHMS)
+        check_choice("bias", self.bias, [*BIASES, "dot"])
+        check_choice("retention", self.retention, RETENTIONS)
+        check_choice("algorithm", self.algorithm, ALGORITHMS)
         for name in ("step_size", "exponent", "power", "max_surprise"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -128,14 +128,6 @@ class MirasConfig:
     @property
     def kept(self) -> Retention:
         return Retention(self.retention, self.power, self.threshold)
-
-
-def choice(name: str, value: str, known: Any) -> None:
-    """`ValueError` unless the option's value is a known one."""
-    if value not in known:
-        raise ValueError(
-            f"{name} is {value!r}: use one of {', '.join(known)}{suggest(str(value), known)}"
-        )
 
 
 @register(

@@ -23,7 +23,7 @@ from everlong.mixers.linear import (
 from everlong.ops.delta import delta_rule, linear_attention
 from everlong.ops.groups import groups, pieces, take
 from everlong.ops.ragged import expand_like, valid_positions
-from everlong.registry import register, suggest
+from everlong.registry import check_choice, register
 from everlong.state import State
 from everlong.stateful import Stateful, Trace
 
@@ -75,10 +75,7 @@ class MoMConfig:
                 f"top_k {self.top_k} is more than num_memories {self.num_memories}: a token goes "
                 "to each memory at most once"
             )
-        if self.rule not in RULES:
-            raise ValueError(
-                f"rule is {self.rule!r}: use one of {', '.join(RULES)}{suggest(self.rule, RULES)}"
-            )
+        check_choice("rule", self.rule, RULES)
         if self.balance < 0:
             raise ValueError(f"balance is {self.balance}: give 0 (no such loss) or more")
 

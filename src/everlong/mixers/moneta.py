@@ -5,8 +5,8 @@ B batch, T time, D hidden_size, H heads, C chunk_size.
 
 from dataclasses import dataclass
 
-from everlong.mixers.miras import Miras, MirasConfig, choice
-from everlong.registry import register
+from everlong.mixers.miras import Miras, MirasConfig
+from everlong.registry import check_choice, register
 
 _MAPS = {"paper": "lq", "dual": "lq_dual"}
 
@@ -28,7 +28,7 @@ class MonetaConfig:
     conv_size: int = 4
 
     def __post_init__(self) -> None:
-        choice("map", self.map, _MAPS)
+        check_choice("map", self.map, _MAPS)
         self.miras()
 
     def miras(self) -> MirasConfig:

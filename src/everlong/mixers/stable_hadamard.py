@@ -15,7 +15,7 @@ from everlong import state as states
 from everlong.ops.counter import integers
 from everlong.ops.hadamard import hadamard, hadamard_reference
 from everlong.ops.ragged import valid_positions
-from everlong.registry import register, suggest
+from everlong.registry import check_choice, register
 from everlong.state import State
 from everlong.stateful import Stateful, Trace
 
@@ -44,9 +44,7 @@ class StableHadamardConfig:
         for name in ("hidden_size", "num_heads", "memory_size", "table_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.theta not in _THETAS:
-            hint = suggest(str(self.theta), _THETAS)
-            raise ValueError(f"theta is {self.theta!r}: use one of {', '.join(_THETAS)}{hint}")
+        check_choice("theta", self.theta, _THETAS)
         if not self.limit > 0:
             raise ValueError(
                 f"limit is {self.limit}: give a number above 0; a large one is no clamp"

@@ -5,8 +5,8 @@ B batch, T time, D hidden_size, H heads, C chunk_size.
 
 from dataclasses import dataclass
 
-from everlong.mixers.miras import Miras, MirasConfig, choice
-from everlong.registry import register
+from everlong.mixers.miras import Miras, MirasConfig
+from everlong.registry import check_choice, register
 
 _FORMS = {"mixture": "huber_mixture", "vector": "huber", "coordinate": "huber_coordinate"}
 
@@ -26,7 +26,7 @@ class YaadConfig:
     conv_size: int = 4
 
     def __post_init__(self) -> None:
-        choice("form", self.form, _FORMS)
+        check_choice("form", self.form, _FORMS)
         self.miras()
 
     def miras(self) -> MirasConfig:

@@ -16,6 +16,7 @@ _HOMES = {
     "EverlongForCausalLM": "everlong.models.hub",
     "Horizon": "everlong.training.horizon",
     "ReplayOptions": "everlong.training.replay",
+    "ReplayTrainer": "everlong.training.trainer",
     "Stateful": "everlong.stateful",
     "Trace": "everlong.stateful",
     "create_memory": "everlong.registry",
@@ -32,6 +33,7 @@ __all__ = [
     "EverlongForCausalLM",
     "Horizon",
     "ReplayOptions",
+    "ReplayTrainer",
     "Stateful",
     "Trace",
     "auto",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from everlong.stateful import Stateful, Trace
     from everlong.training.horizon import Horizon
     from everlong.training.replay import ReplayOptions, replay, replay_function
+    from everlong.training.trainer import ReplayTrainer
 
 
 def __getattr__(name: str) -> Any:

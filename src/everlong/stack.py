@@ -92,7 +92,12 @@ class Read(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: mixer, then (where something is to be read) a read, then feed-forward."""
+    """Pre-norm block: mixer, then (where something is to be read) a read, then feed-forward.
+
+    `recompute`: torch's checkpoint, where activations are recomputed in training and not held.
+    """
+
+    recompute: Callable[..., Any] | None = None
 
     def __init__(self, mixer: Stateful, reader: Read | None, config: StackConfig):
         super().__init__()
@@ -114,8 +119,26 @@ class Block(nn.Module):
         memory: Memory | None,
         **inputs: Any,
     ) -> tuple[Tensor, State]:
+        if self.recompute is None or not self.training or not torch.is_grad_enabled():
+            return self._read(x, state, lengths, trace, memory, **inputs)
+        if trace is not None:
+            raise ValueError(
+                "a trace would record recomputed layers twice: turn gradient checkpointing off, "
+                "and save activations with everlong.replay"
+            )
+        return self.recompute(self._read, x, state, lengths, None, memory, **inputs)
+
+    def _read(
+        self,
+        x: Tensor,
+        state: State,
+        lengths: Tensor | None,
+        trace: Trace | None,
+        memory: Memory | None,
+        **inputs: Any,
+    ) -> tuple[Tensor, State]:
         y, state = self.mixer(self.mixer_norm(x), state, trace=trace, lengths=lengths, **inputs)
-        x = x + self.dropout(y)
+        x = x[:, -y.shape[1] :] + self.dropout(y)  # a mixer may need more than it answers
         if self.reader is not None and self.read_norm is not None:
             assert memory is not None, "a block with a reader is called with a memory"
             x = x + self.dropout(self.reader(self.read_norm(x), memory, trace))

@@ -194,7 +194,7 @@ def test_saving_and_loading_changes_nothing(name, tied, tmp_path):
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     model.save_pretrained(tmp_path)
     kinds = {path.suffix for path in tmp_path.iterdir()}
-    assert kinds == {".json", ".safetensors"}
+    assert kinds == {".json", ".safetensors", ".md", ".py"}
     generator = torch.random.get_rng_state()
     loaded, info = EverlongForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert torch.equal(torch.random.get_rng_state(), generator), "nothing was initialised again"
@@ -315,7 +315,7 @@ print(json.dumps({
 
 
 def test_a_folder_works_in_a_fresh_process_with_one_import(tmp_path):
-    """Offline, with warnings as errors, and with nothing but json and safetensors in the folder."""
+    """Offline, with warnings as errors, and without running the code in the folder."""
     ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
     model = make_model("memformer", vocab_size=259, **ids).float()
     tokenizer = byte_tokenizer()

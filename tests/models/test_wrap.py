@@ -244,7 +244,12 @@ def test_adapters_and_memory_train_together(first, tmp_path):
 def test_saving_and_loading_changes_nothing(backbone, memory, tmp_path):
     model = make(backbone, memory, exact=False)
     model.save_pretrained(tmp_path)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {
+        ".json",
+        ".safetensors",
+        ".md",
+        ".py",
+    }
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is ExtendedForCausalLM
     assert not any(info.values())

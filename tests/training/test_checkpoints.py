@@ -71,7 +71,7 @@ def test_no_pickle_is_read_or_written(tmp_path, model, parts, monkeypatch):
         monkeypatch.setattr(pickle, name, refuse)
     path = checkpoints.save(tmp_path, 3, model, parts)
     checkpoints.load(path)
-    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors", ".md", ".py"}
 
 
 def test_what_a_checkpoint_cannot_hold_is_named(tmp_path, model):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from everlong.mixers.attention import check_rate
 from everlong.mixers.transformer_xl import RelativeAttention, check_widths, cut, push, rows_from
+from everlong.ops.adapted import weight_of
 from everlong.ops.ragged import common_value, write_at
 from everlong.registry import register, suggest
 from everlong.state import State
@@ -191,8 +192,8 @@ class Compressive(Stateful):
             return windows.mean(2)
         if self.config.compressor == "max":
             return windows.amax(2)
-        weight = self.compressor.weight if learn else self.compressor.weight.detach()
-        return F.linear(windows.flatten(2), weight).to(old.dtype)
+        weight = weight_of(self.compressor)
+        return F.linear(windows.flatten(2), weight if learn else weight.detach()).to(old.dtype)
 
     def _loss(self, recent: Tensor, old: Tensor, leaving: Tensor) -> Tensor:
         """How far attention to f_c(old) is from attention to old, whose last `leaving` count."""
@@ -209,7 +210,7 @@ class Compressive(Stateful):
     def _find(self, recent: Tensor, rows: Tensor, used: Tensor) -> Tensor:
         """Content attention [R, H, S, d] to the `used` (Bool [R, N]) of `rows` [R, N, D]."""
         heads, attention = self.config.num_heads, self.attention
-        q = F.linear(recent, attention.query.weight.detach())
-        k, v = F.linear(rows, attention.key_value.weight.detach()).chunk(2, -1)
+        q = F.linear(recent, weight_of(attention.query).detach())
+        k, v = F.linear(rows, weight_of(attention.key_value).detach()).chunk(2, -1)
         q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=used[:, None, None])

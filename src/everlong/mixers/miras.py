@@ -24,6 +24,7 @@ from everlong.mixers.linear import (
     reference,
     unit,
 )
+from everlong.ops.adapted import weight_of
 from everlong.ops.biases import BIASES, LEVELLED
 from everlong.ops.block import Inner
 from everlong.ops.dual import Call, Pairs, dual, dual_reference, network
@@ -286,7 +287,7 @@ class Miras(Stateful):
         """What `weights` of a state say to each position alone, [B, T, D]: queries without their
         convolution, nothing written, no clock."""
         exact, heads = weights[0].dtype, self.config.num_heads
-        q = F.linear(x, self.qkv.weight[: self.sizes[0]])
+        q = F.linear(x, weight_of(self.qkv)[: self.sizes[0]])
         q = (q if self.convolution is None else F.silu(q)).unflatten(-1, (heads, -1))
         q = unit(q) if self.config.unit_keys else q.to(exact)
         with torch.autocast(x.device.type, enabled=False):

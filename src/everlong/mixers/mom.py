@@ -20,6 +20,7 @@ from everlong.mixers.linear import (
     normed,
     unit,
 )
+from everlong.ops.adapted import weight_of
 from everlong.ops.delta import delta_rule, linear_attention
 from everlong.ops.groups import groups, pieces, take
 from everlong.ops.ragged import expand_like, valid_positions
@@ -207,7 +208,7 @@ class MoM(Stateful):
         the likeliest first; float32 at least."""
         exact = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            p = F.linear(x.to(exact), self.router.weight.to(exact)).softmax(-1)
+            p = F.linear(x.to(exact), weight_of(self.router).to(exact)).softmax(-1)
         order = p.detach().sort(dim=-1, descending=True, stable=True).indices  # ties: lowest index
         chosen = order[..., : self.config.top_k]
         picked = p.gather(-1, chosen)

@@ -1,146 +1,40 @@
-"""THE bridge to Hugging Face transformers: the model class, its cache, the Auto registration.
+"""THE bridge to Hugging Face transformers: the model class, its files, the Auto registration.
 
-Nothing but this and what `extend` stands on (decoders, pretrained, wrap) touches transformers'
-internals, so what changes there ends here. B batch, T time, D hidden_size, V vocab_size.
+Nothing but this, its `cache` and what `extend` stands on (decoders, pretrained, wrap) touches
+transformers' internals, so what changes there ends here.
+B batch, T time, D hidden_size, V vocab_size.
 """
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
-    GenerationMixin,
-    PreTrainedModel,
-)
-from transformers.cache_utils import CacheLayerMixin
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from everlong import state as states
+from everlong.models import card
+from everlong.models.cache import EverlongCache, StreamLayer, stream_layer
 from everlong.models.config import EverlongConfig
 from everlong.models.decoder import build_body
 from everlong.models.decoders import CACHE_NAME
 from everlong.models.language import StreamModel
-from everlong.state import State
 from everlong.stateful import Trace
 
+__all__ = ["EverlongCache", "EverlongForCausalLM", "StreamForCausalLM", "StreamLayer"]
+
 _LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+_FOR_GENERATE = ("tokenizer", "assistant_tokenizer")
 _REMEDIES = {
     "position_ids": "positions are counted by the state; mark padding in attention_mask, and give "
     "packed documents a row each",
     "output_hidden_states": "pass trace=everlong.Trace() to see inside",
     "output_attentions": "pass trace=everlong.Trace() to see inside",
 }
-
-
-class StreamLayer(CacheLayerMixin):
-    """Any State as a transformers cache layer, and the columns of the batch it has read.
-
-    Columns count padding, the clocks inside the state count tokens. A state is never changed in
-    place: the layer replaces its reference.
-    """
-
-    is_compileable = False
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self, state: State | None = None):
-        super().__init__()
-        self.state, self.columns = state, 0
-        self.device: torch.device | None = None
-
-    @property
-    def batch_size(self) -> int:
-        return -1 if self.state is None else states.batch_size(self.state)
-
-    def advance(self, state: State, columns: int) -> None:
-        self.state, self.columns, self.is_initialized = state, self.columns + columns, True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise ValueError("this cache layer holds a State, not keys and values")
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        raise ValueError("this cache layer holds a State, not keys and values")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.columns
-
-    def get_max_length(self) -> int:
-        return -1  # a stream has no end
-
-    def reset(self) -> None:
-        self.state, self.columns, self.is_initialized = None, 0, False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.state is not None:
-            self.state = states.select(self.state, beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().flatten()
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError(
-                "a state cannot be rolled back: keep the states you want to return to "
-                "(copy.copy of the cache is enough), and leave out assisted decoding"
-            )
-
-    def offload(self) -> None:
-        if self.state is not None:
-            self.device = states.leaves(self.state)[0].device
-            self.state = states.to(self.state, "cpu")
-
-    def prefetch(self) -> None:
-        if self.state is not None and self.device is not None:
-            self.state = states.to(self.state, self.device)
-
-
-class EverlongCache(Cache):
-    """What a cache is here: one State, of constant size if the model's memory is bounded.
-
-    `EverlongCache(state)` continues a stream from a state, with only new tokens in `input_ids`.
-    """
-
-    def __init__(self, state: State | None = None):
-        super().__init__(layers=[StreamLayer(state)])
-
-    def __copy__(self) -> "EverlongCache":
-        """A cache that moves on by itself; the state is shared, as nobody changes it in place."""
-        twin = EverlongCache()
-        twin.layers = [copy.copy(layer) for layer in self.layers]
-        return twin
-
-    @property
-    def state(self) -> State | None:
-        return stream_layer(self).state
-
-
-def stream_layer(cache: Any) -> StreamLayer:
-    """The layer that holds the state; a fresh `DynamicCache` is given one."""
-    first = cache.layers[0] if isinstance(cache, Cache) and cache.layers else None
-    if isinstance(first, StreamLayer):
-        return first
-    if type(cache) is DynamicCache and cache.get_seq_length() == 0:
-        layer = StreamLayer()
-        cache.layers[:] = [layer]
-        return layer
-    raise ValueError(
-        f"the cache must be an EverlongCache or an unused DynamicCache, got "
-        f"{type(cache).__name__}: this model keeps a State, not keys and values"
-    )
 
 
 class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
@@ -152,6 +46,9 @@ class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
     """
 
     _is_stateful = True  # transformers then refuses assisted decoding
+    _no_split_modules: ClassVar[Any] = ["Decoder", "MemformerEncoderDecoder", "ExtendedBody"]
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
 
     @can_return_tuple
     def forward(  # noqa: PLR0913 (two of them are one: old names stay)
@@ -231,6 +128,8 @@ class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
     ):
+        for each in _FOR_GENERATE:  # transformers hands them on to every model
+            kwargs.pop(each, None)
         if next_sequence_length is not None and next_sequence_length < 1:
             raise ValueError(
                 "the cache has already read as many tokens as you gave: give the whole "
@@ -243,8 +142,67 @@ class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        raise ValueError(
+            "continuous batching pages keys and values, and this model keeps a State: give "
+            'generate a left-padded batch, without cache_implementation="paged"'
+        )
 
-class EverlongForCausalLM(StreamForCausalLM):
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """What `gradient_checkpointing_enable` and its newer name set: whatever can be recomputed
+        (a `recompute` of its own) is, in training; of the layers every n-th."""
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant"):
+            raise ValueError(
+                "a reentrant checkpoint loses the gradients of the state: give "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        parts: list[Any] = [each for each in self.modules() if hasattr(each, "recompute")]
+        for index, part in enumerate(parts):
+            chosen = enable and index % every_n_layers == 0
+            part.recompute = gradient_checkpointing_func if chosen else None
+        self.gradient_checkpointing = enable
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether it is switched on. peft asks by this name, of which transformers' own warns."""
+        return self.gradient_checkpointing
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it. `ValueError` for a device map that puts weights on the disk, or
+        on the CPU of a model that runs elsewhere: states are made of them."""
+        found = super().from_pretrained(*args, **kwargs)
+        model: Any = found[0] if isinstance(found, tuple) else found
+        if any(each.is_meta for each in model.parameters()):
+            raise ValueError(
+                "the device map offloads weights, and a state is made of them: give a device that "
+                'holds the whole model, such as device_map="cpu"'
+            )
+        return found
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers does it. The folder also gets a model card, unless it has a README.md,
+        and the file by which `trust_remote_code=True` finds the installed package."""
+        folder = Path(save_directory)
+        if is_main_process and not folder.is_file():  # a file is refused by transformers
+            folder.mkdir(parents=True, exist_ok=True)
+            card.write(self, folder)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: folders hold a file that names the package, not a copy of this one."""
+
+
+class EverlongForCausalLM(StreamForCausalLM, GenerationMixin):
     """A model of our own, built from an `EverlongConfig`: see `StreamForCausalLM`."""
 
     config_class = EverlongConfig

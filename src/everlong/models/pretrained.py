@@ -139,10 +139,12 @@ class PretrainedCore(Stateful):
 
     `shapes`: heads and width of each layer's keys and values (`cache_shapes`). `run` takes `memory`
     (with slots), `mutual` (the positions of the call see each other) and `taps`. A longer read than
-    `capacity` positions raises `ValueError`.
+    `capacity` positions raises `ValueError`. `recompute`: torch's checkpoint, where the decoder is
+    run again in the backward pass and its activations are not held.
     """
 
     bounded = False  # it must be wiped
+    recompute: Callable[..., Any] | None = None
 
     def __init__(
         self,
@@ -189,6 +191,11 @@ class PretrainedCore(Stateful):
         mutual: bool = False,
         taps: Taps | None = None,
     ) -> tuple[Tensor, State]:
+        if taps is not None and self.recompute is not None and self.training:
+            raise ValueError(
+                "a memory that takes part at every layer cannot be run again: turn gradient "
+                "checkpointing off, and save activations with everlong.replay"
+            )
         layers, position = state["layers"], state["position"]
         after = position + (x.shape[1] if lengths is None else lengths)
         if int(after.max()) > self.capacity:
@@ -281,11 +288,20 @@ class PretrainedCore(Stateful):
     def _decode(
         self, x: Tensor, layers: State, view: View, steps: Tensor, mask: Any
     ) -> tuple[Tensor, State]:
+        """The decoder once over x, its keys and values written."""
         if self.training and checkpoints_gradients(self.decoder):
             raise ValueError(
-                "gradient checkpointing drops the keys and values that are this core's state: turn "
-                "it off, and save activations with everlong.replay"
+                "gradient checkpointing inside the decoder drops the keys and values that are this "
+                "core's state: turn it off there, and on for the extended model, or save "
+                "activations with everlong.replay"
             )
+        if self.recompute is None or not self.training or not torch.is_grad_enabled():
+            return self._call(x, layers, view, steps, mask)
+        return self.recompute(self._call, x, layers, view, steps, mask)
+
+    def _call(
+        self, x: Tensor, layers: State, view: View, steps: Tensor, mask: Any
+    ) -> tuple[Tensor, State]:
         cache = Cache(layers=[CallLayer(layer, view) for layer in layers])
         out = self.decoder(
             inputs_embeds=x,

@@ -11,7 +11,13 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from everlong import registry
 from everlong.models.decoders import Head, cache_shapes, check_decoder
@@ -45,6 +51,10 @@ class ExtendedConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: a folder names the package's classes (`models.card`) and copies none."""
+
 
 _HAS_ONE = ", which has a memory already"
 
@@ -73,7 +83,7 @@ class ExtendedBody(Stateful):
         return self.memory(hidden, state, trace=trace, lengths=lengths)
 
 
-class ExtendedForCausalLM(StreamForCausalLM):
+class ExtendedForCausalLM(StreamForCausalLM, GenerationMixin):
     """A pretrained causal language model with a segment memory around its decoder.
 
     Made by `extend`; `from_pretrained` loads what `save_pretrained` wrote, base and memory. Its

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from everlong import state as states
+from everlong.ops.adapted import weight_of
 from everlong.ops.lookahead import Sum, look_ahead, look_back, merge
 from everlong.ops.ragged import common_value, expand_like, write_at
 from everlong.ops.relative import sinusoid
@@ -227,7 +228,7 @@ class LookAheadAttention(Stateful):
         keys, values = read.unbind(2)
         maps = None
         if table is None:
-            maps, table = self.distance.weight.unflatten(0, q.shape[-2:]), view.table.T
+            maps, table = weight_of(self.distance).unflatten(0, q.shape[-2:]), view.table.T
         content, distance = self._scores(q, keys, self.causal, table, maps)
         filled = None
         if view.valid is not None:
@@ -277,12 +278,7 @@ class LookAheadStack(Stateful):
             x = torch.cat([embeddings[:, -view.held :].to(x.dtype), x], 1)
         after = []
         for block, layer in zip(self.blocks, state, strict=True):
-            block = cast(Block, block)
-            y, layer = block.mixer(
-                block.mixer_norm(x), layer, trace=trace, lengths=lengths, view=view
-            )
-            x = x[:, -y.shape[1] :] + block.dropout(y)
-            x = x + block.dropout(block.feed_forward(block.feed_norm(x)))
+            x, layer = block(x, layer, lengths, trace, None, view=view)
             after.append(layer)
         return self.norm(x), tuple(after)
 

@@ -1,4 +1,4 @@
-"""The example of CONTRIBUTING.md is a memory: whoever copies it starts from one that obeys."""
+"""The example of docs/new_memory.md is a memory: whoever copies it starts from one that obeys."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ from laws.checks import LAWS, check
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The example, copied into a file and registered for as long as these tests run."""
-    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "new_memory.md").read_text()
     block = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert block
     file = tmp_path_factory.mktemp("mixers") / "fading.py"

@@ -63,6 +63,35 @@ def test_the_wheel_holds_the_package_alone_and_stays_small(wheel: zipfile.ZipFil
     assert sum(entry.compress_size for entry in wheel.infolist()) < 5_000_000
 
 
+MINIMAL = """
+import sys
+sys.modules |= dict.fromkeys(
+    ("lm_eval", "datasets", "peft", "trackio", "tensorboard", "fla", "titans_pytorch")
+)  # None: cannot be imported
+sys.path.insert(0, ".")
+import everlong
+from everlong.cli import main
+print(everlong.__file__)
+assert main(["train", "smoke", "--dry-run"]) == 0
+for track in ("trackio", "tensorboard"):
+    assert main(["train", "smoke", "--track", track]) == 2
+"""
+
+
+def test_the_wheel_unpacked_works_without_extras_and_names_the_one_that_is_missing(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    wheel.extractall(tmp_path)
+    entry = tmp_path / f"everlong-{everlong.__version__}.dist-info" / "entry_points.txt"
+    assert "everlong = everlong.cli:main" in entry.read_text()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", MINIMAL], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[0]).is_relative_to(tmp_path)
+    assert done.stderr.count("pip install 'everlong[track]'") == 2
+
+
 def test_dependencies_have_floors_and_no_caps(wheel: zipfile.ZipFile) -> None:
     metadata = wheel.read(f"everlong-{everlong.__version__}.dist-info/METADATA").decode()
     required = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
+# Of the extras: named where they are installed.
+_EXTRAS = ("lm-eval", "datasets", "peft", "trackio", "tensorboard", "flash-linear-attention")
 
 
 def environment() -> dict[str, str]:
@@ -26,10 +29,11 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": f"{_usable_cores()} usable, {torch.get_num_threads()} torch threads",
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB",
     }
-    found |= {name: _version(name) for name in _PACKAGES}
-    cuda = torch.cuda.is_available()
-    found["cuda"] = f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if cuda else "no"
+    found |= {name: _version(name) or "not installed" for name in _PACKAGES}
+    found |= {name: told for name in _EXTRAS if (told := _version(name)) is not None}
+    found["cuda"] = _cuda()
     found["mps"] = "yes" if torch.backends.mps.is_available() else "no"
     return found
 
@@ -57,6 +61,34 @@ def git_sha() -> str | None:
     return told[0].stdout.strip() + ("+" if told[1].stdout else "")
 
 
+def command() -> str:
+    """What this process was started with, to be typed again."""
+    program, *words = sys.argv or [""]
+    if Path(program).parent.name == "everlong" and Path(program).name == "__main__.py":
+        start = ["python", "-m", "everlong"]
+    elif Path(program).name == "everlong":
+        start = ["everlong"]
+    else:
+        start = ["python", *([program] if program else [])]
+    return shlex.join([*start, *words])
+
+
+def origin() -> dict[str, Any]:
+    """What a run folder says besides its configuration: the exact command, and where it ran."""
+    return {"command": command(), "environment": environment()}
+
+
+def append_origin(path: Path, step: int) -> None:
+    """A line for each time a run goes on: from which step, by which command, and where."""
+    from everlong.errors import UserError
+
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | origin()) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def write_results(path: str | Path, command: str, config: Mapping[str, Any], **found: Any) -> None:
     """A result as data: the command that makes it, its configuration, what was found, and where."""
     result = {"command": command, "config": dict(config), **found, "environment": environment()}
@@ -70,8 +102,17 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _version(name: str) -> str:
+def _cuda() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no"
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ", ".join([str(torch.version.cuda), *devices])
+
+
+def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return None

@@ -68,6 +68,7 @@ def train_recall(recipe: "Recipe", given: Mapping[str, Any], run_dir: Path, dry_
     """Train the recipe's form on its first seed; its accuracy, and the same with memory wiped."""
     from everlong.errors import UserError
     from everlong.evaluation import recall
+    from everlong.provenance import origin
 
     plan = read_plan(recipe)
     unused = [name for name, value in given.items() if value is not None]
@@ -97,7 +98,7 @@ def train_recall(recipe: "Recipe", given: Mapping[str, Any], run_dir: Path, dry_
     )
     print(f"chance {plan.task.chance:.3f}; {time.perf_counter() - started:.0f} s")
     model.save_pretrained(run_dir / "model")
-    about = {"recipe": recipe.table(), "accuracy": found}
+    about = {"recipe": recipe.table(), "accuracy": found} | origin()
     (run_dir / "results.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
     print(f"Everything is in {run_dir}")
 

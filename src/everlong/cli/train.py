@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from everlong.training.config import TrainConfig
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Track = Literal["trackio", "tensorboard"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Plan:
     texts: "Texts"
     run_dir: Path
     resume: Path | None = None
+    track: Track | None = None
 
 
 def train(  # noqa: PLR0913 (a command's options)
@@ -38,6 +40,7 @@ def train(  # noqa: PLR0913 (a command's options)
     out: Path | None = None,
     device: Device | None = None,
     tokenizer: str | None = None,
+    track: Track | None = None,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Train a model and measure what its memory is worth.
@@ -60,9 +63,15 @@ def train(  # noqa: PLR0913 (a command's options)
         auto takes the best there is.
     tokenizer
         A folder or tokenizer.json of a Hugging Face tokenizer; bytes if left out.
+    track
+        Send the metrics there too (the extra `track`); RUN/metrics.jsonl always has them.
     dry_run
         Say what it would take and write nothing.
     """
+    if track is not None:
+        from everlong.training.tracking import check
+
+        check(track)
     if resume is not None:
         fixed = {"RECIPE": recipe, "--data": data, "--memory": memory, "--out": out}
         plan = _resumed(resume, fixed | {"--tokenizer": tokenizer}, changes, device)
@@ -76,7 +85,7 @@ def train(  # noqa: PLR0913 (a command's options)
             from everlong.cli.recall import train_recall
 
             given = {"--data": data, "--memory": memory, "--tokenizer": tokenizer}
-            given |= {"--device": device}
+            given |= {"--device": device, "--track": track}
             train_recall(chosen, given, out or _new_run(chosen.origin), dry_run)
             return
         if memory is not None:
@@ -89,7 +98,7 @@ def train(  # noqa: PLR0913 (a command's options)
 
         print_estimate(plan)
     else:
-        _train(plan)
+        _train(replace(plan, track=track))
 
 
 def _fresh(
@@ -210,10 +219,14 @@ def _loop(plan: Plan, model: Any, title: str, run_dir: Path | None = None) -> No
     from everlong.cli.progress import progress
     from everlong.errors import Interrupted
     from everlong.training.loop import train
+    from everlong.training.tracking import follow
 
     about = {"recipe": plan.recipe.table()}
     texts = plan.texts
-    with progress(title, plan.config.steps) as on_step:
+    with (
+        progress(title, plan.config.steps) as shown,
+        follow(shown, plan.track, plan.run_dir) as on_step,
+    ):
         try:
             train(
                 model,

@@ -26,6 +26,7 @@ import torch
 from accelerate.utils import gather
 from torch import Tensor
 
+from everlong import provenance
 from everlong import state as states
 from everlong.errors import Diverged, Interrupted, UserError
 from everlong.state import State
@@ -118,10 +119,11 @@ class _Session:
             if source is None:
                 described = {"train": dataclasses.asdict(self.config)}
                 described["model"] = self.learner.model.config.to_dict()
-                run.begin(self.run_dir, described | dict(about))
+                run.begin(self.run_dir, described | provenance.origin() | dict(about))
             checkpoints.remove_leftovers(self.run_dir)
             if source is not None:
                 checkpoints.set_later_aside(source)
+                provenance.append_origin(self.run_dir / "resumed.jsonl", self.learner.step)
             self.metrics = run.Metrics(self.run_dir, self.learner.step)
         if source is None:
             self.checkpoint()

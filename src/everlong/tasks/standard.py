@@ -10,6 +10,7 @@ What is scored, and by what its cost is divided, is what the published tables do
                  validation; bits per character, which is a byte
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,13 +108,13 @@ def _from_hub(standard: Standard, split: str) -> Documents:
     if not standard.hub:
         raise UserError(f"{standard.name} is in no data set that can be loaded: give {asked}")
     try:
-        from datasets import load_dataset
+        datasets: Any = importlib.import_module("datasets")  # of an extra
     except ImportError as error:
         raise UserError(
             f"{standard.name} needs `pip install 'everlong[data]'` and the network, or give {asked}"
         ) from error
     try:
-        rows: Any = load_dataset(*standard.hub, split=split)
+        rows: Any = datasets.load_dataset(*standard.hub, split=split)
     except (OSError, ValueError) as error:  # of the hub, of the network, of the cache
         reason = " ".join(str(error).split())[:150]
         raise UserError(

@@ -1,5 +1,6 @@
 """lm-eval's command with our tasks and model classes."""
 
+import importlib
 import sys
 
 from everlong.errors import UserError
@@ -9,7 +10,7 @@ from everlong.evaluation.lm_eval import tasks_path
 def main() -> int:
     """Hands the arguments on, with `--include_path` unless it is given."""
     try:
-        from lm_eval.__main__ import cli_evaluate
+        client = importlib.import_module("lm_eval.__main__")  # of an extra
     except ImportError:
         sys.stderr.write("everlong: lm-eval is missing: pip install 'everlong[eval]'\n")
         return UserError.exit_code
@@ -17,7 +18,7 @@ def main() -> int:
 
     if not any(word.startswith("--include_path") for word in sys.argv):
         sys.argv += ["--include_path", tasks_path()]
-    cli_evaluate()
+    client.cli_evaluate()
     return 0
 
 

@@ -1,5 +1,6 @@
 """What the YAML files call. lm-eval loads this file by its path."""
 
+import importlib
 from typing import Any
 
 from everlong.evaluation.asking import is_exact
@@ -9,15 +10,16 @@ from everlong.evaluation.lm_eval import items
 
 def documents(everlong_task: str, **metadata: Any) -> dict[str, Any]:
     """The test split of a task; of the metadata, keys that are not ours are those of the model."""
-    from datasets import Dataset
-
+    datasets: Any = importlib.import_module("datasets")  # comes with lm-eval
     asked = {key: metadata[key] for key in ("lengths", "samples", "seed") if key in metadata}
     tokenizer = metadata.get("tokenizer") or metadata.get("pretrained")
     if isinstance(tokenizer, str):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    return {"test": Dataset.from_list(items(everlong_task, count=_counter(tokenizer), **asked))}
+    return {
+        "test": datasets.Dataset.from_list(items(everlong_task, count=_counter(tokenizer), **asked))
+    }
 
 
 def _counter(tokenizer: Any) -> Any:

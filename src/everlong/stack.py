@@ -63,8 +63,10 @@ class Read(nn.Module):
     """Cross attention from tokens to the rows of a memory, without positions.
 
     Slots are unit vectors; `scale` brings their entries to the size of a normalised token's, which
-    is a reparameterisation of the key and value maps.
+    is a reparameterisation of the key and value maps. `record`: the name of its weights in a trace.
     """
+
+    record = "read"
 
     def __init__(self, hidden_size: int, num_heads: int, scale: float = 1.0, dropout: float = 0.0):
         super().__init__()
@@ -87,7 +89,7 @@ class Read(nn.Module):
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
             if mask is not None:
                 scores = scores.masked_fill(~mask, float("-inf"))
-            trace.record("read", scores.softmax(-1).mean(1))
+            trace.record(self.record, scores.softmax(-1).mean(1))
         return self.out(y.transpose(1, 2).flatten(2))
 
 

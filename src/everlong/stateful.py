@@ -18,7 +18,8 @@ class Trace:
 
     `losses[name]` are scalars to add to the training loss a token (nats or what weighs like them),
     with their graph; `records[name]` are detached tensors for inspection, in the order they were
-    made. With `recording=False` only losses are wanted: what costs more than a record is skipped.
+    made; their names and shapes are in `everlong.records`. With `recording=False` only losses are
+    wanted: what costs more than a record is skipped.
     """
 
     def __init__(self, recording: bool = True) -> None:

@@ -81,7 +81,8 @@ def test_slots_and_biases_permute_together(parts):
 
 def test_temperature_zero_copies_or_overwrites_and_one_is_plain_softmax(parts):
     slots, q, k, keys, values = parts
-    written, kept = ops.write(slots, q, k, keys, values, heads=1, tau=1e-6)
+    written, weights = ops.write(slots, q, k, keys, values, heads=1, tau=1e-6)
+    kept = weights[..., 0]
     assert set(kept.flatten().tolist()) == {0.0, 1.0}, "the draw must hold both cases"
     own = (q * k).sum(-1)
     tokens = torch.einsum("bnd,bsd->bns", q, keys)
@@ -99,7 +100,8 @@ def test_temperature_zero_copies_or_overwrites_and_one_is_plain_softmax(parts):
 def test_padding_only_leaves_the_slot_and_partial_padding_equals_removal(parts):
     slots, q, k, keys, values = parts
     nothing = torch.zeros(B, S, dtype=torch.bool)
-    written, kept = ops.write(slots, q, k, keys, values, heads=H, tau=0.25, mask=nothing)
+    written, weights = ops.write(slots, q, k, keys, values, heads=H, tau=0.25, mask=nothing)
+    kept = weights[..., 0]
     assert torch.equal(written, slots)
     assert torch.equal(kept, torch.ones_like(kept))
     some = torch.arange(S).expand(B, -1) < 4

@@ -10,7 +10,8 @@ from everlong.errors import Interrupted, UserError
 
 _COMMANDS = {
     "train": "Train a model from a recipe, or go on with a run.",
-    "evaluate": "Bits per byte of a run's model on a text.",
+    "evaluate": "Bits per byte of a text, and accuracy of tasks at any length.",
+    "inspect": "One page of what a run's memory kept, overwrote and forgot of a text.",
     "generate": "Continue a text with a run's model, or read one for ever.",
     "list": "The memories everlong knows, with their bytes of state.",
     "show": "One memory: what it keeps, its options and their defaults.",

@@ -1,5 +1,6 @@
 """The folder of a run, as the commands read it: its recipe, its newest weights, its tokenizer."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from everlong.cli.prepare import load_tokenizer
 from everlong.errors import UserError
-from everlong.models.hub import EverlongForCausalLM
+from everlong.models.hub import EverlongForCausalLM, StreamForCausalLM
+from everlong.models.wrap import ExtendedConfig, ExtendedForCausalLM
 from everlong.recipes import Recipe
 from everlong.tasks.text import BOS, VOCAB_SIZE
 from everlong.training import checkpoints
@@ -21,7 +23,7 @@ class Run:
     """`recipe` is None for a bare model folder; tokenizer: None for bytes."""
 
     folder: Path
-    model: EverlongForCausalLM
+    model: StreamForCausalLM
     tokenizer: Any
     recipe: Recipe | None
     segment_length: int | None
@@ -71,10 +73,12 @@ def best_device() -> torch.device:
     return PartialState().default_device
 
 
-def _load(folder: Path) -> EverlongForCausalLM:
+def _load(folder: Path) -> StreamForCausalLM:
     disable_progress_bar()  # it would draw one for every few weights
     try:
-        return EverlongForCausalLM.from_pretrained(folder)
+        kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
+        known = ExtendedForCausalLM if kind == ExtendedConfig.model_type else EverlongForCausalLM
+        return known.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} holds no model that can be read: {reason}") from error

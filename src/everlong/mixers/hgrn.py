@@ -107,6 +107,8 @@ class HGRN(Stateful):
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
     ) -> tuple[Tensor, State]:
         g = self.forget(self.rate(x))
+        if trace is not None and trace.recording:
+            trace.record("decay", g.exp()[:, :, None])
         written = -torch.expm1(g) * F.silu(self.input(x))
         h, memory = scan(g.exp(), written, state["memory"], lengths)
         y = normed(self.norm, h, x) * F.silu(self.gate(x))

@@ -80,6 +80,10 @@ class HGRN2(Stateful):
     def run(
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
     ) -> tuple[Tensor, State]:
+        if trace is not None and trace.recording:
+            with torch.no_grad():
+                decay = self.forget(self.rate(x)).exp()
+            trace.record("decay", decay.unflatten(-1, (self.num_heads, -1)))
         return by_spans(self._span, (x,), state, lengths)
 
     def _span(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:

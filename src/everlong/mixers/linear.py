@@ -188,7 +188,16 @@ class LinearMixer(Stateful):
     def run(
         self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
     ) -> tuple[Tensor, State]:
+        if trace is not None and trace.recording:
+            self._tell(trace, x)
         return by_spans(self._span, (x,), state, lengths)
+
+    @torch.no_grad()
+    def _tell(self, trace: Trace, x: Tensor) -> None:
+        trace.record("decay", self.decay(x).exp())
+        strength = self.strength(x)
+        if strength is not None:
+            trace.record("strength", strength)
 
     def _span(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
         qkv, after = self.qkv(x), dict(state)

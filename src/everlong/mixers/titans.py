@@ -5,8 +5,15 @@ B batch, T time, D hidden_size, H heads, C chunk_size.
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from everlong.mixers.miras import Miras, MirasConfig
+from everlong.ops.dual import network
+from everlong.ops.spans import spans
 from everlong.registry import register
+from everlong.state import State, pad_length
+from everlong.stateful import Trace
 
 
 @dataclass(frozen=True)
@@ -69,3 +76,27 @@ class Titans(Miras):
 
     def __init__(self, config: TitansConfig):
         super().__init__(config.miras())
+
+    def run(
+        self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
+    ) -> tuple[Tensor, State]:
+        if trace is not None and trace.recording:
+            self._tell(trace, x, state, lengths)
+        return super().run(x, state, lengths, trace)
+
+    @torch.no_grad()
+    def _tell(self, trace: Trace, x: Tensor, state: State, lengths: Tensor | None) -> None:
+        """What is left of M after a position, and the length of M(k) - v there, a head: read again
+        chunk by chunk, as M is learned anew only where a chunk ends."""
+        exact, surprise = state["weights"][0].dtype, []
+        for span in spans(state["position"], x.shape[1], lengths, self.period):
+            piece = x[:, span.start : span.stop]
+            _, written, _ = self._written(piece, state, span.lengths, exact)
+            k, v = written["keys"].transpose(1, 2), written["values"].transpose(1, 2)
+            found = network(list(state["weights"]), k)
+            error = v - found - (self._residual(k) if self.config.residual else 0)
+            surprise.append(error.norm(dim=-1).transpose(1, 2))
+            _, state = self._span(piece, state, span.lengths)
+        if surprise:
+            trace.record("decay", self.gates(x, exact)["keep"].squeeze(-1).sigmoid())
+            trace.record("surprise", pad_length(torch.cat(surprise, 1), x.shape[1]))

@@ -31,6 +31,7 @@ class EncoderBlock(nn.Module):
         self.attention = SelfAttention(width, config.num_heads, config.dropout)
         self.read_norm = nn.RMSNorm(width, eps=1e-6)
         self.reader = Memformer.reader(options, config.dropout)()
+        self.reader.record = "encoded"
         self.feed_norm = nn.RMSNorm(width, eps=1e-6)
         feed_forward_size = stack_config(config, None).feed_forward_size
         self.feed_forward = FeedForward(width, feed_forward_size)
@@ -42,6 +43,12 @@ class EncoderBlock(nn.Module):
         x = x + self.dropout(self.attention.attend(q, k, v, None))
         x = x + self.dropout(self.reader(self.read_norm(x), memory, trace))
         return x + self.dropout(self.feed_forward(self.feed_norm(x)))
+
+
+class _ReadEncoding(Read):
+    """Of the decoder: what it reads are the places of an encoded segment, no slots."""
+
+    record = "looked"
 
 
 class MemformerEncoderDecoder(SegmentMemory):
@@ -76,7 +83,7 @@ class MemformerEncoderDecoder(SegmentMemory):
         self.writer = SlotWriter(options)
         self.decoder = Stack(
             stack_config(config, capacity=self.period),
-            lambda: Read(config.hidden_size, config.num_heads, dropout=config.dropout),
+            lambda: _ReadEncoding(config.hidden_size, config.num_heads, dropout=config.dropout),
         )
 
     def encode(self, tokens: Tensor, slots: Tensor, trace: Trace | None = None) -> Tensor:

@@ -47,7 +47,7 @@ def write(
     """The same for all slots at once; the slot block of the attention is reduced to its diagonal.
 
     mask Bool [B, S]: tokens that are real; with none of them a slot keeps itself exactly.
-    Returns m' [B, N, D] and the self-weights a_i[0] [B, N, H].
+    Returns m' [B, N, D] and the weights a_i [B, N, H, 1 + S], the slot's own first.
     """
     split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)  # noqa: E731 (used five times)
     q, k, keys, values, own_value = split(q), split(k), split(keys), split(values), split(slots)
@@ -57,9 +57,8 @@ def write(
     if mask is not None:
         tokens = tokens.masked_fill(~mask[:, None, None], float("-inf"))
     weights = torch.cat([own, tokens], -1).softmax(-1)
-    kept = weights[..., :1]
-    written = kept * own_value + weights[..., 1:] @ values
-    return written.transpose(1, 2).flatten(2), kept.squeeze(-1).transpose(1, 2)
+    written = weights[..., :1] * own_value + weights[..., 1:] @ values
+    return written.transpose(1, 2).flatten(2), weights.transpose(1, 2)
 
 
 def normalise(slots: Tensor, bias: Tensor) -> Tensor:

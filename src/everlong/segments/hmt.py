@@ -197,6 +197,9 @@ class HMT(SegmentMemory):
         if self.config.recall:
             count = state["position"] // self.period
             cache = push(segment["cache"], written, count)
+            if trace is not None and trace.recording:
+                places = torch.arange(cache.shape[1], device=cache.device)
+                trace.record("kept", (places != count[:, None] % len(places)).to(cache.dtype))
             found = torch.zeros_like(written)  # not known before the next segment's tokens are
             if not self.config.looks_ahead:
                 tokens = segment["tail"][:, -self.config.summary_length :]

@@ -94,7 +94,7 @@ class SlotWriter(nn.Module):
         with torch.autocast(slots.device.type, enabled=False):
             hidden = hidden.to(self.key.weight.dtype)
             raised = (slots * self.scale).to(self.key.weight.dtype)
-            written, kept = slot_ops.write(
+            written, weights = slot_ops.write(
                 slots,
                 self.query(raised).to(slots.dtype),
                 self.key(raised).to(slots.dtype),
@@ -104,13 +104,25 @@ class SlotWriter(nn.Module):
                 tau=self.config.temperature,
                 mask=mask,
             )
+            opened = None
             if self.gate is not None:
                 opened = self.gate((written * self.scale).to(self.key.weight.dtype))
                 opened = opened.to(slots.dtype).sigmoid()
                 written = opened * written + (1 - opened) * slots
-            if trace is not None:
-                trace.record("kept", kept.mean(-1))
+            if trace is not None and trace.recording:
+                self._tell(trace, written, weights, opened)
             return slot_ops.normalise(written, self._exact(self.bias))
+
+    @torch.no_grad()
+    def _tell(self, trace: Trace, written: Tensor, weights: Tensor, opened: Tensor | None) -> None:
+        """What a slot kept, took of each token, and has of v; means over heads."""
+        own, tokens = weights.mean(2).split([1, weights.shape[-1] - 1], -1)
+        if opened is not None:
+            own, tokens = opened * own + 1 - opened, opened * tokens
+        bias = self._exact(self.bias).norm(dim=-1)
+        trace.record("kept", own.squeeze(-1))
+        trace.record("took", tokens)
+        trace.record("faded", bias / (bias + written.norm(dim=-1) + 1e-16))
 
     @staticmethod
     def _exact(parameter: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong.mixers.attention import check_heads
@@ -141,6 +142,10 @@ class RMT(SegmentMemory):
         (_, y, written), layers = self._read(parts, state["layers"], trace)
         if full is not None:
             new = {"memory": written.to(memory.dtype)}
+            if trace is not None and trace.recording:
+                # no gate says it: the share of the new token that lies along the old one
+                alike = F.cosine_similarity(new["memory"], memory, dim=-1)
+                trace.record("kept", alike.square())
             if self.retrieval is not None:
                 new["past"] = push(segment["past"], memory, count)
             segment = choose_rows(full, new, segment)

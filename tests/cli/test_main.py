@@ -13,7 +13,7 @@ import everlong
 from everlong import registry
 from everlong.cli import main
 
-COMMANDS = ("train", "evaluate", "generate", "list", "show", "env", "bench")
+COMMANDS = ("train", "evaluate", "inspect", "generate", "list", "show", "env", "bench")
 
 
 def shell(command, **options):

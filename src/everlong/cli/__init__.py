@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from everlong.cli.processes import tells_errors
 from everlong.errors import Interrupted, UserError
 
 _COMMANDS = {
@@ -115,5 +116,6 @@ def _is_for_the_user(error: ValueError | OSError) -> bool:
 
 
 def _say(message: str, code: int = UserError.exit_code) -> int:
-    print("everlong: " + " ".join(message.split()), file=sys.stderr)
+    if tells_errors():
+        print("everlong: " + " ".join(message.split()), file=sys.stderr)
     return code

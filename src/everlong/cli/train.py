@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from everlong.cli.processes import check_restarts, is_restarted, main_speaks, several
+
 if TYPE_CHECKING:
     from everlong.cli.prepare import Texts
     from everlong.recipes import Data, Recipe
@@ -29,6 +31,7 @@ class Plan:
     track: Track | None = None
 
 
+@main_speaks()
 def train(  # noqa: PLR0913 (a command's options)
     recipe: str | None = None,
     /,
@@ -44,6 +47,8 @@ def train(  # noqa: PLR0913 (a command's options)
     dry_run: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Train a model and measure what its memory is worth.
+
+    On several devices: torchrun --nproc-per-node N -m everlong train ...
 
     Parameters
     ----------
@@ -75,15 +80,18 @@ def train(  # noqa: PLR0913 (a command's options)
     if resume is not None:
         fixed = {"RECIPE": recipe, "--data": data, "--memory": memory, "--out": out}
         plan = _resumed(resume, fixed | {"--tokenizer": tokenizer}, changes, device)
-        if plan is None:
-            return
+    elif is_restarted() and out is not None and _has_begun(out):
+        plan = _resumed(out, {}, (), device)
     else:
         from everlong import recipes
 
+        check_restarts(out)
         chosen = recipes.load(recipe or "default", changes)
         if chosen.task:
             from everlong.cli.recall import train_recall
 
+            if several():
+                raise ValueError(f"{chosen.origin} trains in one process: leave out torchrun")
             given = {"--data": data, "--memory": memory, "--tokenizer": tokenizer}
             given |= {"--device": device, "--track": track}
             train_recall(chosen, given, out or _new_run(chosen.origin), dry_run)
@@ -93,6 +101,8 @@ def train(  # noqa: PLR0913 (a command's options)
             recipes.check_kept(chosen, changes, memory)
             out = out or _new_run(memory)
         plan = _fresh(chosen, data, tokenizer, device, out)
+    if plan is None:
+        return
     if dry_run:
         from everlong.cli.estimate import print_estimate
 
@@ -129,6 +139,12 @@ def _lasting(data: "Data") -> "Data":
     source = data.source if named else str(Path(data.source).absolute())
     tokenizer = data.tokenizer and str(Path(data.tokenizer).absolute())
     return replace(data, source=source, tokenizer=tokenizer)
+
+
+def _has_begun(run_dir: Path) -> bool:
+    from everlong.training import checkpoints
+
+    return bool(checkpoints.steps(run_dir))
 
 
 def _new_run(origin: str) -> Path:
@@ -183,25 +199,41 @@ def _resumed(
 
 
 def _train(plan: Plan) -> None:
-    """The model, then its twin if there is one, then what both are worth."""
+    """The model, then its twin if there is one, then what both are worth.
+
+    Several processes train; the first then measures alone."""
+    from accelerate import PartialState
+
     from everlong.cli import final
     from everlong.cli.prepare import build, model_config, twin_config
-    from everlong.training import checkpoints
+    from everlong.training.distributed import from_main, leave
 
+    group = PartialState(cpu=plan.config.device == "cpu")
+    is_main, tokenizer = group.is_main_process, plan.texts.tokenizer
+    run_dir = from_main(group, lambda: str(plan.run_dir))  # its name may be of another second
+    plan = replace(plan, run_dir=Path(run_dir))
     model = build(model_config(plan.recipe, plan.texts), plan.config.seed)
     plan = replace(plan, config=plan.config.for_model(model))
     _announce(plan, model)
     _loop(plan, model, "training")
-    final.save_tokenizer(plan.texts.tokenizer, plan.run_dir / "model")
+    from_main(group, lambda: final.save_tokenizer(tokenizer, plan.run_dir / "model"))
     twin = None
     if plan.recipe.twin:
         folder = plan.run_dir / "twin"
-        started = bool(checkpoints.steps(folder))
+        started = from_main(group, lambda: _has_begun(folder))
         assert plan.config.segment_length is not None
         twin = build(twin_config(model.config, plan.config.segment_length), plan.config.seed)
         beside = replace(plan, run_dir=folder, resume=folder if started else None)
         _loop(beside, twin, "its twin", plan.run_dir)
-        final.save_tokenizer(plan.texts.tokenizer, folder / "model")
+        from_main(group, lambda: final.save_tokenizer(tokenizer, folder / "model"))
+    leave(group)
+    if is_main:
+        _measure(plan, model, twin)
+
+
+def _measure(plan: Plan, model: Any, twin: Any | None) -> None:
+    from everlong.cli import final
+
     try:
         results = final.evaluate(model, twin, plan.texts, plan.config, plan.run_dir)
         final.show(results)

@@ -50,6 +50,7 @@ class TrainConfig:
     eval_every:       steps between validations (one more at the end); 0: none
     eval_batches:     rollouts of a validation; 0: all of the validation text
     checkpoint_every: steps between checkpoints (one more at the end); 0: at the end only
+    shard:            of several processes each keeps a share of weights and optimiser (FSDP2)
     """
 
     steps: int = 1000
@@ -72,6 +73,7 @@ class TrainConfig:
     eval_batches: int = 0
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.betas, list):  # of TOML and JSON

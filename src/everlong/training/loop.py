@@ -6,8 +6,10 @@ the bits of one that was not (weights, optimiser, carried state, metrics without
 CPU with the same number of threads and versions; on accelerators as far as their kernels are
 deterministic.
 
-Built on accelerate: under `torchrun` or `accelerate launch` each process reads its share of the
-rows, and gradients are summed once a step.
+Under `torchrun` or `accelerate launch` each process reads its share of the rows and keeps their
+state, and gradients are summed once a step, behind the last backward. Rows are those of one batch
+however many processes there are, and a checkpoint holds them all: a run goes on with another number
+of processes. See docs/distributed.md.
 """
 
 import dataclasses
@@ -33,6 +35,7 @@ from everlong.state import State
 from everlong.tasks.text import Documents
 from everlong.training import checkpoints, run
 from everlong.training.config import TrainConfig
+from everlong.training.distributed import from_main
 from everlong.training.learner import Learner
 from everlong.training.signals import StopSignals
 from everlong.training.streams import as_documents
@@ -44,7 +47,8 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """metrics: the last line written; state: the carried state after the last step."""
+    """metrics: the last line written; state: the carried state of this process's rows after the
+    last step."""
 
     step: int
     metrics: Line
@@ -73,12 +77,17 @@ def train(
     calls `torch.set_flush_denormal(True)` before its first tensor (the command line does).
 
     Raises `UserError` for what the user can put right (a full disk, another model's checkpoint),
-    `DamagedCheckpoint`, `Diverged`, and `Interrupted` after Ctrl-C or SIGTERM.
+    `DamagedCheckpoint`, `Diverged`, and `Interrupted` after Ctrl-C or SIGTERM. Of several processes
+    all raise together. The folder is the main process's: only it reads `resume` to choose and
+    writes; all read the checkpoint. With `config.shard` the weights come into `model` at the end.
     """
     torch.set_flush_denormal(True)
     run_dir = Path(run_dir)
     learner = Learner(model, as_documents(train_documents), config.for_model(model))
-    source = None if resume is None else _resume_source(run_dir, Path(resume))
+    source = None
+    if resume is not None:
+        found = from_main(learner.group, lambda: str(_resume_source(run_dir, Path(resume))))
+        source = Path(found)
     with learner.own_generators(), StopSignals() as signals:
         if source is not None:
             learner.restore(checkpoints.load(source), source)
@@ -115,18 +124,20 @@ class _Session:
         self.saved = learner.step
 
     def open(self, source: Path | None, about: Mapping[str, Any]) -> None:
-        if self.is_main:
-            if source is None:
-                described = {"train": dataclasses.asdict(self.config)}
-                described["model"] = self.learner.model.config.to_dict()
-                run.begin(self.run_dir, described | provenance.origin() | dict(about))
-            checkpoints.remove_leftovers(self.run_dir)
-            if source is not None:
-                checkpoints.set_later_aside(source)
-                provenance.append_origin(self.run_dir / "resumed.jsonl", self.learner.step)
-            self.metrics = run.Metrics(self.run_dir, self.learner.step)
+        from_main(self.learner.group, partial(self._open_folder, source, about))
         if source is None:
             self.checkpoint()
+
+    def _open_folder(self, source: Path | None, about: Mapping[str, Any]) -> None:
+        if source is None:
+            described = {"train": dataclasses.asdict(self.config)}
+            described["model"] = self.learner.given.config.to_dict()
+            run.begin(self.run_dir, described | provenance.origin() | dict(about))
+        checkpoints.remove_leftovers(self.run_dir)
+        if source is not None:
+            checkpoints.set_later_aside(source)
+            provenance.append_origin(self.run_dir / "resumed.jsonl", self.learner.step)
+        self.metrics = run.Metrics(self.run_dir, self.learner.step)
 
     def close(self) -> None:
         if self.metrics is not None:
@@ -143,10 +154,11 @@ class _Session:
                 self.on_step(line)
             self.stop_if_asked()
         self.refuse_broken_weights()
-        if self.is_main:
-            write = partial(checkpoints.save_model, self.learner.model)
-            checkpoints.write_folder(self.run_dir / "model", write)
-        self.learner.group.wait_for_everyone()
+        self.learner.collect()
+        write = partial(checkpoints.save_model, self.learner.given)
+        folder = self.run_dir / "model"
+        from_main(self.learner.group, lambda: checkpoints.write_folder(folder, write))
+        self.learner.given.to(self.learner.device)  # where it is unless it was trained in shares
         self.stop_if_asked()
         return TrainResult(self.learner.step, line, self.learner.state)
 
@@ -164,16 +176,19 @@ class _Session:
         line = {"step": learner.step, "epoch": learner.stream.epoch, "tokens": learner.tokens}
         line |= learner.language("", loss)
         line |= {"learning_rate": rate, "grad_norm": norm}
-        line |= {"state_bytes": states.num_bytes(learner.state)}
+        line |= {"state_bytes": states.num_bytes(learner.state) * learner.group.num_processes}
         ended = learner.step == self.config.steps and self.config.eval_every > 0
         if validation is not None and (ended or _due(learner.step, self.config.eval_every)):
             self.refuse_broken_weights()
             line |= learner.validate(validation)
         times = (seconds, count / seconds, _peak_memory(learner.device))
         line |= dict(zip(run.TIMES, times, strict=True))
-        if self.metrics is not None:
-            self.metrics.write(line)
+        from_main(learner.group, partial(self._write, line))
         return line
+
+    def _write(self, line: Line) -> None:
+        assert self.metrics is not None
+        self.metrics.write(line)
 
     def remedy(self) -> str:
         good = checkpoints.folder(self.run_dir, self.saved)
@@ -194,12 +209,15 @@ class _Session:
     def checkpoint(self) -> None:
         self.refuse_broken_weights()
         parts = self.learner.parts()
-        if self.metrics is not None:
-            self.metrics.flush()
-            keep = self.config.keep_checkpoints
-            checkpoints.save(self.run_dir, self.learner.step, self.learner.model, parts, keep=keep)
+        self.learner.collect()
+        from_main(self.learner.group, partial(self._save, parts))
         self.saved = self.learner.step
-        self.learner.group.wait_for_everyone()
+
+    def _save(self, parts: Mapping[str, Any]) -> None:
+        assert self.metrics is not None
+        self.metrics.flush()
+        learner, keep = self.learner, self.config.keep_checkpoints
+        checkpoints.save(self.run_dir, learner.step, learner.given, parts, keep=keep)
 
     def stop_if_asked(self) -> None:
         number = self.signals.number or 0

@@ -13,6 +13,7 @@ import logging
 import re
 import shlex
 import tomllib
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def check_pip(words):
 
 
 def run_command(words, page):
-    program, *rest = words
+    program, *rest = dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words)  # variables
     if program in ("torchrun", "accelerate"):
         program, *rest = "everlong", *rest[rest.index("everlong") + 1 :]
     if program.removeprefix(".venv/bin/") == "everlong":

@@ -164,6 +164,14 @@ def test_a_restart_needs_a_folder_to_go_on_from(monkeypatch, capsys):
     assert "--max-restarts needs a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--out", "--resume"])
+def test_a_restart_needs_a_store_of_its_own(monkeypatch, capsys, tmp_path, option):
+    torchrun(monkeypatch, TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_USE_AGENT_STORE=True)
+    assert main(["train", option, str(tmp_path / "run")]) == 2
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("rank", range(WORLD))
 def test_a_generated_task_trains_in_one_process(monkeypatch, capsys, rank):
     torchrun(monkeypatch, WORLD_SIZE=WORLD, RANK=rank, LOCAL_RANK=rank)
@@ -182,6 +190,7 @@ def test_a_single_number_cannot_be_shared():
 def test_torchrun_starts_anew_and_the_run_has_the_same_bits(brief, tmp_path):
     script = Path(workers.__file__)
     shared = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+    shared["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     for name, more in (("killed", ["--die"]), ("never", [])):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", "2", "--max-restarts", "1", script, tmp_path / name, *more]

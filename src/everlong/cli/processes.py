@@ -26,10 +26,18 @@ def main_speaks() -> Iterator[None]:
         yield
 
 
-def check_restarts(out: Path | None) -> None:
-    """`ValueError` where torchrun may start this anew, and it could not find its run again."""
-    if out is None and _number("TORCHELASTIC_MAX_RESTARTS", 0) > 0:
+def check_restarts(run: Path | None) -> None:
+    """`ValueError` where torchrun may start this anew, and that would fail: without a run to find
+    again, or where the new processes share a store with the dead and read their addresses in it."""
+    if _number("TORCHELASTIC_MAX_RESTARTS", 0) == 0:
+        return
+    if run is None:
         raise ValueError("--max-restarts needs a folder to go on from: give --out (or --resume)")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            "a restart would find the addresses of the processes that died, and may hang: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun --max-restarts"
+        )
 
 
 def is_restarted() -> bool:

@@ -77,6 +77,7 @@ def train(  # noqa: PLR0913 (a command's options)
         from everlong.training.tracking import check
 
         check(track)
+    check_restarts(resume or out)
     if resume is not None:
         fixed = {"RECIPE": recipe, "--data": data, "--memory": memory, "--out": out}
         plan = _resumed(resume, fixed | {"--tokenizer": tokenizer}, changes, device)
@@ -85,7 +86,6 @@ def train(  # noqa: PLR0913 (a command's options)
     else:
         from everlong import recipes
 
-        check_restarts(out)
         chosen = recipes.load(recipe or "default", changes)
         if chosen.task:
             from everlong.cli.recall import train_recall

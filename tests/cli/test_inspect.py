@@ -288,6 +288,8 @@ def test_an_extended_model_is_read_in_its_own_tokens_and_a_silent_memory_says_so
         assert (parts, silent) == (([], True) if name == "no_memory" else (expected, False))
     code, _, err = call("inspect", tmp_path / "armt", "--text", tmp_path / "text")
     assert (code, "inspect.html exists" in err) == (2, True)
+    code, out, err = call("evaluate", tmp_path / "armt", "--text", tmp_path / "text")
+    assert (code, "bits per byte" in out) == (0, True), err
 
 
 def test_what_cannot_be_inspected_is_one_line(refused, tiny_run, tmp_path):

@@ -97,7 +97,7 @@ def _language(
         f"{' with the memory wiped at every segment' if wipe else ''}: "
         f"{documents.num_bytes:,} bytes in {len(documents):,} {pieces}, "
         f"{tokens / seconds:,.0f} tokens/s, state {size(state_bytes)}"
-        f"{LOOKS_AHEAD if looks_ahead(opened.model.config) else ''}"
+        f"{LOOKS_AHEAD if looks_ahead(opened.model) else ''}"
     )
     found = {"word": score.word_perplexity, "token": score.token_perplexity}
     told = [f"{_number(value)} a {unit}" for unit, value in found.items() if value is not None]

@@ -41,7 +41,7 @@ def evaluate_tasks(opened: Any, names: Sequence[str], asked: Any) -> list[dict[s
     codec = Codec(opened.tokenizer, opened.bos)
     rows = [row for name in names for row in measure(opened.model, codec, name, asked, say)]
     _table(rows)
-    ahead = LOOKS_AHEAD if looks_ahead(opened.model.config) else ""
+    ahead = LOOKS_AHEAD if looks_ahead(opened.model) else ""
     print(
         f"{asked.samples} items a length, seed {asked.seed}; lengths in {codec.name}; intervals of "
         f"95 % (Wilson). said: greedy generation is the answer; first: the answer is the likeliest "

@@ -36,7 +36,7 @@ def evaluate(
     assert length is not None
     names = model.config.segment, "+".join(dict.fromkeys(model.config.layer_names))
     name = names[0]["name"] if names[0] else names[1]
-    name += LOOKS_AHEAD if looks_ahead(model.config) else ""
+    name += LOOKS_AHEAD if looks_ahead(model) else ""
     rows = [_row(name, model, texts, length, run_dir)]
     if length % model.period == 0:
         wiped = _bits(model, texts, length, wipe=True)

@@ -146,14 +146,14 @@ def _about(opened: Any, stream: Any, found: Any, length: int) -> Any:
     from everlong.cli.final import LOOKS_AHEAD
     from everlong.cli.progress import size
     from everlong.evaluation.inspection_page import About
+    from everlong.models.card import memories
     from everlong.models.decoder import looks_ahead
     from everlong.provenance import command, environment
     from everlong.registry import memory_entry
 
     config = opened.model.config
-    memory = getattr(config, "memory", None) or getattr(config, "segment", None)
-    names = [memory["name"]] if memory else list(dict.fromkeys(config.layer_names))
-    ahead = LOOKS_AHEAD if not hasattr(config, "memory") and looks_ahead(config) else ""
+    names = memories(opened.model)
+    ahead = LOOKS_AHEAD if looks_ahead(opened.model) else ""
     around = f" around {config.base['model_type']}" if hasattr(config, "base") else ""
     bits = float(np.nansum(found.bits))
     facts = {

@@ -282,7 +282,7 @@ def _announce(plan: Plan, model: Any) -> None:
     from everlong.cli.prepare import device_of
     from everlong.models.decoder import looks_ahead
 
-    if looks_ahead(model.config):
+    if looks_ahead(model):
         print(
             "a published protocol that looks ahead inside a segment: its numbers compare with no "
             "causal model's",

@@ -7,6 +7,7 @@ import torch
 
 from everlong import registry
 from everlong import state as states
+from everlong.models.decoder import looks_ahead
 from everlong.stack import Stack
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ model.generate(ids, max_new_tokens=8, do_sample=False)
 `{loader}.py` names its classes.
 """
 
+_AHEAD = "\n\nIts predictions depend on later tokens: its scores are no causal model's."
+
 
 def write(model: "StreamForCausalLM", folder: Path) -> None:
     """The loader file, `auto_map` in the model's config, and README.md unless there is one."""
@@ -78,10 +81,7 @@ def write(model: "StreamForCausalLM", folder: Path) -> None:
 
 def text(model: "StreamForCausalLM") -> str:
     """The model card: the memories, what they keep, bytes of a stream's state, how to load."""
-    config: Any = model.config
-    segment = config.memory if config.model_type == "everlong_extended" else config.segment
-    layers = _layers(model)
-    names = layers if segment is None else [segment["name"]]
+    layers, names = _layers(model), memories(model)
     title = " and ".join(f"`{name}`" for name in names)
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     total = model.num_parameters()
@@ -89,11 +89,19 @@ def text(model: "StreamForCausalLM") -> str:
         tags="\n".join(f"- {name}" for name in names),
         title=title,
         layers=", ".join(f"`{name}`" for name in layers),
-        state=_state(model, segment, layers),
+        state=_state(model, names),
         parameters=f"{total:,}" + (f", {trained:,} of them trained" if trained != total else ""),
-        keeps="\n".join(_keeps(name) for name in names) + _warning(config, segment),
+        keeps="\n".join(_keeps(name) for name in names) + (_AHEAD if looks_ahead(model) else ""),
         loader=LOADER,
     )
+
+
+def memories(model: "StreamForCausalLM") -> list[str]:
+    """The names of the memories that decide what is kept: the segment memory, or the layers'."""
+    config: Any = model.config
+    extended = config.model_type == "everlong_extended"
+    segment = config.memory if extended else config.segment
+    return [segment["name"]] if segment else list(dict.fromkeys(config.layer_names))
 
 
 def _layers(model: "StreamForCausalLM") -> list[str]:
@@ -112,23 +120,10 @@ def _keeps(name: str) -> str:
 
 
 @torch.no_grad()
-def _state(model: "StreamForCausalLM", segment: Any, layers: list[str]) -> str:
+def _state(model: "StreamForCausalLM", names: list[str]) -> str:
     """Bytes of one stream's state; what a segment memory stands around is bounded by it."""
     size = f"{states.num_bytes(model.init_state(1)):,} bytes"
-    deciding = layers if segment is None else [segment["name"]]
-    growing = [name for name in deciding if not registry.memory_entry(name).bounded]
+    growing = [name for name in names if not registry.memory_entry(name).bounded]
     if not growing:
         return f"{size}, the same after any number of tokens (bounded)"
     return f"{size} at its start; {' and '.join(growing)} grows with every token"
-
-
-def _warning(config: Any, segment: Any) -> str:
-    """Said of protocols whose predictions depend on later tokens."""
-    if segment is None:
-        return ""
-    options = {"hidden_size": config.hidden_size, "num_heads": getattr(config, "num_heads", 1)}
-    options |= {key: value for key, value in segment.items() if key != "name"}
-    built = registry.build_config(registry.memory_entry(segment["name"]), options)
-    if not getattr(built, "looks_ahead", False):
-        return ""
-    return "\n\nIts predictions depend on later tokens: its scores are no causal model's."

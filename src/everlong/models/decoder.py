@@ -40,10 +40,11 @@ def segment_memory(config: "EverlongConfig") -> tuple[registry.Entry, Any]:
     return entry, registry.build_config(entry, options)
 
 
-def looks_ahead(config: "EverlongConfig") -> bool:
-    """Whether the model's predictions depend on later tokens, as under a published protocol that
-    does: its scores are no causal model's, and are marked wherever they are shown."""
-    return config.segment is not None and getattr(segment_memory(config)[1], "looks_ahead", False)
+def looks_ahead(model: nn.Module) -> bool:
+    """Whether predictions of a model, ours or extended, depend on later tokens, as under a
+    published protocol: its scores are no causal model's, and are marked wherever shown."""
+    configs = (getattr(part, "config", None) for part in model.modules())
+    return any(getattr(config, "looks_ahead", False) for config in configs)
 
 
 class Decoder(Stateful):

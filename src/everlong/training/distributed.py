@@ -108,6 +108,30 @@ def leave(group: PartialState) -> None:
         PartialState._reset_state()
 
 
+def sum_gradients(
+    parameters: Sequence[nn.Parameter],
+    more: Sequence[Tensor] = (),
+    reached: Sequence[bool] | None = None,
+) -> None:
+    """Gradients, and `more` with them, become everyone's sum, in place and in one exchange.
+
+    What nobody's rows reached has no gradient, as in one process: the optimiser leaves it alone.
+    `reached`: which parameters this process's rows did, where the gradients themselves are summed
+    already.
+    """
+    gradients: list[Tensor] = []
+    if reached is None:
+        reached = add_missing_gradients(parameters)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+    first = [*more, *gradients][0]
+    times = torch.tensor(reached, device=first.device).to(first.dtype)
+    sum_in_place([*gradients, *more, times])
+    if not all(reached):
+        for parameter, number in zip(parameters, times.tolist(), strict=True):
+            if number == 0:
+                parameter.grad = None
+
+
 def add_missing_gradients(parameters: Sequence[nn.Parameter]) -> list[bool]:
     """Zeros where this process's rows did not reach a parameter: others' may have. Returns which
     were reached."""

@@ -148,22 +148,12 @@ class Learner:
 
     def _exchange(self, loss: Tensor) -> None:
         """The one of a step: gradients and loss become everyone's sum, in place. Nothing is to be
-        averaged: the weights of the losses count all processes' targets. What nobody's rows reached
-        has no gradient, as in one process: the optimiser leaves it alone."""
+        averaged: the weights of the losses count all processes' targets."""
         if self.alone:
             return
-        gradients: list[Tensor] = []
-        if isinstance(self.model, Sharded):
-            reached = self.model.share_gradients()
-        else:
-            reached = distributed.add_missing_gradients(self.parameters)
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-        times = torch.tensor(reached, device=loss.device).to(loss.dtype)
-        distributed.sum_in_place([*gradients, loss, times])
-        if not all(reached):
-            for parameter, number in zip(self.parameters, times.tolist(), strict=True):
-                if number == 0:
-                    parameter.grad = None
+        shared = isinstance(self.model, Sharded)
+        reached = self.model.share_gradients() if shared else None
+        distributed.sum_gradients(self.parameters, [loss], reached)
 
     def update(self, count: int) -> float:
         """The optimiser step; returns its learning rate."""

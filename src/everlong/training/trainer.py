@@ -6,16 +6,17 @@ B rows, T tokens of a row, V vocab_size.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch.nn.functional as F
-from accelerate.utils import DistributedType, reduce
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from everlong.models.cache import EverlongCache
 from everlong.state import State
+from everlong.training.distributed import sum_gradients
 from everlong.training.horizon import Horizon
 from everlong.training.streams import IGNORE
 from everlong.training.validation import cross_entropy
@@ -113,17 +114,12 @@ class ReplayTrainer(Trainer):
         step = segment_step(own, self.compute_loss_context_manager)
         loss, _ = horizon(step, cuts, state, [weight] * len(cuts))
         if parallel and self.accelerator.sync_gradients:
-            _average_gradients(own)
+            parameters = [each for each in own.parameters() if each.requires_grad]
+            sum_gradients(parameters)
+            for each in parameters:
+                if each.grad is not None:  # of what nobody's rows reached there is none
+                    each.grad /= self.accelerator.num_processes
         return loss
-
-
-def _average_gradients(model: Any) -> None:
-    """Over all processes; one that has none for a parameter counts as 0."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = parameter.new_zeros(parameter.shape)
-            parameter.grad = cast(Tensor, reduce(parameter.grad, "mean"))
 
 
 def segments(batch: Mapping[str, Any], length: int) -> list[dict[str, Tensor]]:

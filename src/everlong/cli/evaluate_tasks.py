@@ -10,22 +10,13 @@ def select(patterns: Sequence[str]) -> tuple[list[str], list[str]]:
 
     Wildcards stand for generated ones. `UserError` that lists all names for an unknown one.
     """
-    from everlong.errors import UserError
     from everlong.evaluation.suite import choose, task_names
-    from everlong.registry import suggest
     from everlong.tasks.standard import STANDARDS
 
     texts = ["language", *STANDARDS]
     wanted = list(dict.fromkeys(pattern for pattern in patterns if pattern in texts))
     rest = [pattern for pattern in patterns if pattern not in texts]
-    known = task_names()
-    for pattern in rest:
-        if not any(letter in pattern for letter in "*?[") and pattern not in known:
-            every = [*texts, *known]
-            raise UserError(
-                f"no task {pattern!r}{suggest(pattern, every)} (tasks: {', '.join(every)})"
-            )
-    return wanted, choose(rest, known)
+    return wanted, choose(rest, task_names(), beside=texts)
 
 
 def evaluate_tasks(opened: Any, names: Sequence[str], asked: Any) -> list[dict[str, Any]]:

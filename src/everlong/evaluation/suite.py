@@ -46,17 +46,18 @@ def task_names() -> list[str]:
     return [*TOKEN_TASKS, *list_tasks()]
 
 
-def choose(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
+def choose(patterns: Sequence[str], known: Sequence[str], beside: Sequence[str] = ()) -> list[str]:
     """The known names that the patterns (shell wildcards) give, each once, in order.
 
-    `UserError` that lists all names for a pattern without one.
+    `UserError` for a pattern without one, which lists all names, those `beside` them first.
     """
     found: dict[str, None] = {}
     for pattern in patterns:
         names = [name for name in known if fnmatchcase(name, pattern)]
         if not names:
+            every = [*beside, *known]
             raise UserError(
-                f"no task {pattern!r}{suggest(pattern, known)} (tasks: {', '.join(known)})"
+                f"no task {pattern!r}{suggest(pattern, every)} (tasks: {', '.join(every)})"
             )
         found |= dict.fromkeys(names)
     return list(found)
@@ -87,12 +88,13 @@ def measure(
     item has no room gives one row with `missing`, the reason.
     """
     model.eval()
+    text = None if task in TOKEN_TASKS else _TextOf(task, codec, asked)
     for length in asked.lengths:
         say(f"{task}, length {length:,}")
-        if task in TOKEN_TASKS:
+        if text is None:
             yield _token_row(model, task, length, asked)
         else:
-            yield from _text_rows(model, codec, task, length, asked)
+            yield from text.rows(model, length)
 
 
 def _token_row(model: Any, name: str, length: int, asked: Asked) -> Row:
@@ -121,23 +123,29 @@ def _token_row(model: Any, name: str, length: int, asked: Asked) -> Row:
     }
 
 
-def _text_rows(model: Any, codec: Codec, name: str, length: int, asked: Asked) -> Iterator[Row]:
-    task, count = text_task(name), codec.counter()
-    row: Row = {"task": name, "length": length}
-    # the bos that begins the stream is one of the tokens
-    needed = 1 + max(task.needed(asked.seed, index, count) for index in range(asked.samples))
-    if needed > length:
-        yield row | {"group": None, "missing": f"needs {needed:,} tokens or more"}
-        return
-    replies: list[Reply] = []
-    for indices in _batches(asked):
-        items = [task.item(length - 1, asked.seed, index, count) for index in indices]
-        replies += ask(model, codec, items)
-    yield row | _summary(None, replies)
-    for group in task.groups if len(task.groups) > 1 else ():
-        of_group = [reply for reply in replies if reply.question.group == group]
-        if of_group:
-            yield row | _summary(group, of_group)
+class _TextOf:
+    """A text task at any length: what pieces of text count, and what items need, is found once."""
+
+    def __init__(self, name: str, codec: Codec, asked: Asked):
+        self.task, self.codec, self.asked = text_task(name), codec, asked
+        self.count = codec.counter()
+        self.needed = self.task.needed_by_all(asked.samples, asked.seed, self.count)
+
+    def rows(self, model: Any, length: int) -> Iterator[Row]:
+        row: Row = {"task": self.task.name, "length": length}
+        if self.needed > length:
+            yield row | {"group": None, "missing": f"needs {self.needed:,} tokens or more"}
+            return
+        replies: list[Reply] = []
+        for indices in _batches(self.asked):
+            place = length, self.asked.seed
+            items = [self.task.behind_bos(*place, index, self.count) for index in indices]
+            replies += ask(model, self.codec, items)
+        yield row | _summary(None, replies)
+        for group in self.task.groups if len(self.task.groups) > 1 else ():
+            of_group = [reply for reply in replies if reply.question.group == group]
+            if of_group:
+                yield row | _summary(group, of_group)
 
 
 def _batches(asked: Asked) -> Iterator[range]:

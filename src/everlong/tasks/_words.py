@@ -58,12 +58,17 @@ def coined(generator: np.random.Generator, count: int, taken: set[str] | None = 
     return list(found)
 
 
+def number(generator: np.random.Generator, digits: int) -> str:
+    """One of so many digits."""
+    least = 10 ** (digits - 1)
+    return str(generator.integers(least, 10 * least))
+
+
 def numbers(generator: np.random.Generator, count: int, digits: int) -> list[str]:
     """Different numbers of so many digits, in no order."""
-    least = 10 ** (digits - 1)
     found: dict[str, None] = {}
     while len(found) < count:
-        found[str(generator.integers(least, 10 * least))] = None
+        found[number(generator, digits)] = None
     return list(found)
 
 

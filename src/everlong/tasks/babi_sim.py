@@ -29,10 +29,9 @@ from everlong.tasks.questions import (
     Frame,
     Question,
     check_filler,
+    filled,
     num_bytes,
     register_task,
-    sentences,
-    spread,
 )
 
 GROUPS = ("where a person is", "where a thing is", "where a thing was", "yes or no", "counting")
@@ -145,8 +144,7 @@ def make_item(config: BabiSimConfig, seed: int, index: int, count: Count = num_b
     story, (question, answer, candidates) = _story(config, group, generator)
     places = np.sort(generator.random(len(story))).tolist()
     frame = Frame("This is what happened.", question)
-    filler = sentences(config.filler, generator)
-    prompt = spread(config.length, frame, list(zip(places, story, strict=True)), filler, count)
+    prompt = filled(config, frame, list(zip(places, story, strict=True)), generator, count)
     return Question(prompt, (answer,), tuple(candidates), group)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from everlong.tasks._shared import check_least
-from everlong.tasks._words import ADJECTIVES, THINGS, numbers, things
+from everlong.tasks._words import ADJECTIVES, THINGS, number, numbers, things
 from everlong.tasks.questions import (
     DEPTHS,
     Count,
@@ -116,10 +116,9 @@ def _others(
     names: list[str], digits: int, taken: set[str], generator: np.random.Generator
 ) -> Iterator[str]:
     """Endless needles of other things; beyond their number, things have several."""
-    least = 10 ** (digits - 1)
     while True:
         for name in names:
-            value = str(generator.integers(least, 10 * least))
+            value = number(generator, digits)
             if value not in taken:
                 yield _needle(name, value)
 

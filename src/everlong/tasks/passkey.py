@@ -23,10 +23,9 @@ from everlong.tasks.questions import (
     Question,
     check_filler,
     depth_group,
+    filled,
     num_bytes,
     register_task,
-    sentences,
-    spread,
 )
 
 
@@ -54,8 +53,7 @@ def make_item(config: PasskeyConfig, seed: int, index: int, count: Count = num_b
         "What is the pass key? The pass key is",
     )
     fact = f"The pass key is {candidates[0]}."
-    filler = sentences(config.filler, generator)
-    prompt = spread(config.length, frame, [(depth, fact)], filler, count)
+    prompt = filled(config, frame, [(depth, fact)], generator, count)
     return Question(
         prompt,
         answers=(candidates[0],),

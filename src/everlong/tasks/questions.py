@@ -93,6 +93,14 @@ class TextTask:
             return error.needed
         raise AssertionError(f"an item of {self.name} without a token")
 
+    def needed_by_all(self, samples: int, seed: int, count: Count = num_bytes) -> int:
+        """The least length of a stream in which each of the first items has room behind a bos."""
+        return 1 + max(self.needed(seed, index, count) for index in range(samples))
+
+    def behind_bos(self, length: int, seed: int, index: int, count: Count = num_bytes) -> Question:
+        """`item`, for a stream of `length` tokens of which the first is its bos."""
+        return self.item(length - 1, seed, index, count)
+
 
 _TASKS: dict[str, TextTask] = {}
 
@@ -194,6 +202,17 @@ def spread(
         parts += [*fill[written:stop], text]
         written = stop
     return " ".join([*parts, *fill[written:], frame.after])
+
+
+def filled(
+    config: Any,
+    frame: Frame,
+    facts: Sequence[tuple[float, str]],
+    generator: np.random.Generator,
+    count: Count,
+) -> str:
+    """`spread` in the filler and the length of a task's config."""
+    return spread(config.length, frame, facts, sentences(config.filler, generator), count)
 
 
 def depth_group(place: float) -> str:

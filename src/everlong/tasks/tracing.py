@@ -20,10 +20,9 @@ from everlong.tasks.questions import (
     Frame,
     Question,
     check_filler,
+    filled,
     num_bytes,
     register_task,
-    sentences,
-    spread,
 )
 
 _ALL = "the whole chain"
@@ -62,8 +61,7 @@ def make_item(config: TracingConfig, seed: int, index: int, count: Count = num_b
         "Names are given values in this text.",
         f"Which names have the value {values[0]}? They are",
     )
-    filler = sentences(config.filler, generator)
-    prompt = spread(config.length, frame, facts, filler, count)
+    prompt = filled(config, frame, facts, generator, count)
     return Question(prompt, tuple(names[:size]), tuple(names), group=_ALL)
 
 

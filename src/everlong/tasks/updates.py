@@ -34,10 +34,9 @@ from everlong.tasks.questions import (
     Frame,
     Question,
     check_filler,
+    filled,
     num_bytes,
     register_task,
-    sentences,
-    spread,
 )
 
 UNKNOWN = "unknown"
@@ -87,8 +86,7 @@ def make_item(config: UpdatesConfig, seed: int, index: int, count: Count = num_b
     ]
     own, answer, roles = _history(group, asked, codes, generator)
     frame = Frame(_BEFORE, f"What is the code of the {asked}? It is")
-    filler = sentences(config.filler, generator)
-    prompt = spread(config.length, frame, [*facts, *own], filler, count)
+    prompt = filled(config, frame, [*facts, *own], generator, count)
     roles |= dict.fromkeys(unseen, "unseen")
     roles[UNKNOWN] = UNKNOWN  # a word: its trace is compared with no code's
     candidates = dict.fromkeys((answer, *roles, *theirs))

@@ -38,7 +38,7 @@ def items(
     `ValueError` where none is left.
     """
     made, generator = [], text_task(task)
-    needed = 1 + max(generator.needed(seed, index, count) for index in range(samples))
+    needed = generator.needed_by_all(samples, seed, count)
     for length in lengths:
         if needed > length:
             logging.getLogger(__name__).warning(
@@ -46,7 +46,7 @@ def items(
             )
             continue
         for index in range(samples):
-            item = generator.item(length - 1, seed, index, count)
+            item = generator.behind_bos(length, seed, index, count)
             made.append(
                 {
                     "prompt": item.prompt,

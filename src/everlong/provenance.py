@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": f"{_usable_cores()} usable, {torch.get_num_threads()} torch threads",
-        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB",
+        "memory": f"{memory_bytes() / 1e9:.0f} GB",
     }
     found |= {name: _version(name) or "not installed" for name in _PACKAGES}
     found |= {name: told for name in _EXTRAS if (told := _version(name)) is not None}
@@ -39,6 +39,11 @@ def environment() -> dict[str, str]:
 
 
 @cache
+def memory_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def git_sha() -> str | None:
     """The commit of the checkout this package lies in, with + where files have changed.
 

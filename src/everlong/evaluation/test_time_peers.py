@@ -31,7 +31,7 @@ from everlong import state as states
 from everlong.evaluation.meters import LiveBytes
 from everlong.evaluation.recall import check_counts
 from everlong.evaluation.timing import Spent, columns, interleaved, timed, torch_threads, trusted
-from everlong.provenance import write_results
+from everlong.provenance import memory_bytes, write_results
 from everlong.registry import check_types, create_memory
 
 OURS = "ours"
@@ -148,11 +148,6 @@ def titans_pytorch() -> Any:
     except ImportError as error:
         remedy = 'pip install "everlong[peers]"'
         raise ValueError(f"titans-pytorch cannot be imported ({error}): {remedy}") from error
-
-
-def memory_bytes() -> int:
-    """Of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def make(form: str, refresh: int, config: LearnersRun) -> Learner:

@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
         "git": git_sha() or "not a checkout",
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": f"{_usable_cores()} usable, {torch.get_num_threads()} torch threads",
+        "cores": f"{usable_cores()} usable, {torch.get_num_threads()} torch threads",
         "memory": f"{memory_bytes() / 1e9:.0f} GB",
     }
     found |= {name: _version(name) or "not installed" for name in _PACKAGES}
@@ -101,7 +101,8 @@ def write_results(path: str | Path, command: str, config: Mapping[str, Any], **f
     Path(path).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """That this process may run on."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -21,6 +21,7 @@ _COMMANDS = {
 _BENCHES = {
     "replay": "Memory replay against back-propagation through time: memory and time.",
     "recall": "Train the recall task and its controls over three seeds.",
+    "bytes": "Recall against bytes of state: five questions, every memory, one plot.",
     "copy": "Copy a source across segments: tokens that recur against a cache.",
     "delayed": "Recall the first symbol after long delays: Stable Hadamard Memory and a GRU.",
     "overwriting": "Recall of overwritten values: the update rules of the linear family.",

@@ -79,6 +79,34 @@ def recall(
     bench_recall(recipes.load(recipe, changes), out / "recall.json", _say)
 
 
+def bytes(
+    *names: str,
+    tier: Literal["smoke", "laptop", "gpu"] = "laptop",
+    seeds: tuple[int, ...] = (0, 1, 2),
+    out: Path = Path("runs/bench"),
+) -> None:
+    """Recall against bytes of state: pairs, overwritten pairs, a passkey, copying, updates.
+
+    One small model a memory and seed, trained on all five at once; as many trainings at once as
+    there are cores. What is finished in the folder is not trained again.
+
+    Parameters
+    ----------
+    names
+        Memories from `everlong list`; all of them if left out.
+    tier
+        smoke is a minute and only shows that all runs; laptop half an hour, without the memories
+        whose step takes long; gpu trains larger models of all of them longer, on CUDA.
+    seeds
+        One training each, of every memory; --seeds 0 --seeds 1 for two.
+    out
+        The folder that bytes.json and bytes.png are written to, beside what is finished.
+    """
+    from everlong.cli.recall_bytes import bench_bytes
+
+    bench_bytes(names, tier, seeds, out, _say)
+
+
 def copy(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench")) -> None:
     """Copy a source across segments: RMT against Transformer-XL, with and without a curriculum.
 

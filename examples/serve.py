@@ -88,8 +88,11 @@ class Handler(BaseHTTPRequestHandler):
         if int(length) > most:
             self.rfile.read(min(int(length), 16 * most))  # who is still sending hears no answer
             raise Refused(413, f"a request may have {most} bytes: send a longer text in parts")
+        data = self.rfile.read(int(length))
+        if len(data) < int(length):
+            raise Refused(400, f"the body ends after {len(data)} of {length} bytes: send it again")
         try:
-            asked = json.loads(self.rfile.read(int(length)))
+            asked = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise Refused(400, "the body is not JSON") from error
         if not isinstance(asked, dict):
@@ -158,7 +161,10 @@ def main() -> None:
     from everlong.cli.runs import open_run
 
     run = open_run(given.run)
-    batcher = Batcher(run.model, run.bos, given.sessions, Limits())
+    try:
+        batcher = Batcher(run.model, run.bos, given.sessions, Limits())
+    except Refused as refusal:
+        sys.exit(str(refusal))
     server = Server((given.host, given.port), batcher, run.tokenizer)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     threading.Thread(target=server.serve_forever, daemon=True).start()

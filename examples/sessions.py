@@ -4,6 +4,8 @@ A session is a stream. Its file holds the state and the last token, which is rea
 follows it. `state.cat` joins the rows of a step, `state.split` parts them again.
 """
 
+import fcntl
+import os
 import re
 import threading
 import time
@@ -74,6 +76,16 @@ class Sessions:
         self.folder, self.model, self.bos, self.limits = folder, model, bos, limits
         self.origin = {"name": "session", "config_hash": fingerprint(model)}
         folder.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(folder, os.O_RDONLY)  # one server a folder
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise Refused(409, f"another server uses {folder}: give --sessions another") from error
+
+    def close(self) -> None:
+        """Leave the folder to another server."""
+        os.close(self.lock)
 
     def file(self, session: str) -> Path:
         # Lower case alone: some file systems do not tell "Ada" from "ada".
@@ -96,7 +108,7 @@ class Sessions:
             )
         try:
             whole = states.load(file, **self.origin)
-        except ValueError as error:  # damaged, or written by another model
+        except (ValueError, OSError) as error:  # damaged, of another model, or no file
             raise Refused(409, f"{error}; DELETE {session} to start anew") from error
         device = next(self.model.parameters()).device
         return states.to(whole["stream"], device), int(whole["last"])
@@ -111,6 +123,8 @@ class Sessions:
             self.file(session).unlink()
         except FileNotFoundError as error:
             raise Refused(404, f"there is no session {session}") from error
+        except OSError as error:
+            raise Refused(409, f"{session} cannot be removed: {error.strerror}") from error
 
 
 class Batcher:
@@ -118,7 +132,8 @@ class Batcher:
 
     def __init__(self, model: Any, bos: int, folder: Path, limits: Limits):
         self.model, self.limits = model, limits
-        self.eos = model.config.eos_token_id
+        eos = model.config.eos_token_id
+        self.eos = eos if isinstance(eos, list) else [eos]
         self.sessions = Sessions(folder, model, bos, limits)
         self.waiting: list[Job] = []
         self.active: list[Job] = []
@@ -161,6 +176,7 @@ class Batcher:
             self.close()
             for job in self.waiting + self.active:
                 job.end(Refused(503, "the server stopped, and read nothing of this: send it again"))
+            self.sessions.close()
 
     def _admit(self) -> bool:
         """Move waiting jobs into the batch, one a session, first come first served."""
@@ -212,7 +228,7 @@ class Batcher:
     def _go_on(self, job: Job, state: Any, token: int) -> None:
         if len(job.unread) > 1:
             job.state, job.unread = state, job.unread[job.to_read :]
-        elif token == self.eos:  # the text may end here: not read, so that more may follow
+        elif token in self.eos:  # the text may end here: not read, so that more may follow
             job.max_new_tokens = len(job.made)
         else:
             job.state, job.unread = state, [token]

@@ -185,6 +185,21 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path):
         states.load(tmp_path / "none")
 
 
+def test_a_changed_bit_is_seen_wherever_it_is(tmp_path):
+    path = tmp_path / "state"
+    states.save(example(), path)
+    whole = path.read_bytes()
+    places = range(0, len(whole), 3)
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="damaged|not a whole|not an everlong state"):
+            states.load(path)
+    path.write_bytes(whole)
+    states.load(path)
+
+
 def test_a_failed_save_leaves_the_file_before_it(tmp_path):
     path = tmp_path / "state"
     states.save(example(), path)

@@ -7,6 +7,7 @@ States of unbounded memories may differ in length (dimension 1): `where` and `ca
 ones with zeros, which is what an unused place holds anyway.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import Tensor
 
 State = Any  # Tensor | tuple[State, ...] | dict[str, State]: recursive, so spelled in words
 
-_FORMAT, _VERSION = "everlong.state", "1"
+_FORMAT, _VERSION = "everlong.state", "2"
 
 
 def tree_map(fn: Callable[..., Any], state: State, *others: State) -> State:
@@ -160,6 +161,7 @@ def save(state: State, path: str | Path, name: str = "", config_hash: str = "") 
         "config_hash": config_hash,
         "structure": json.dumps(_structure(state)),
     }
+    metadata["sha256"] = _digest(metadata, tensors)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, aside, metadata)
@@ -178,10 +180,14 @@ def load(path: str | Path, name: str | None = None, config_hash: str | None = No
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    except TypeError as error:  # tensors of a kind that torch does not read
+        raise ValueError(f"{path} is damaged: {error}") from error
     if metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
         raise ValueError(
             f"{path} is not an everlong state of version {_VERSION}: write it with state.save"
         )
+    if metadata.pop("sha256", "") != _digest(metadata, tensors):
+        raise ValueError(f"{path} is damaged: it is not what was written there")
     for what, wanted in (("memory", name), ("config_hash", config_hash)):
         if wanted is not None and metadata[what] != wanted:
             raise ValueError(
@@ -189,6 +195,16 @@ def load(path: str | Path, name: str | None = None, config_hash: str | None = No
                 f"this one's {wanted!r}"
             )
     return _build(json.loads(metadata["structure"]), tensors, "")
+
+
+def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """Of all that a file says, so that a changed bit is seen wherever it is."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for key in sorted(tensors):
+        leaf = tensors[key]
+        digest.update(f"{key} {leaf.dtype} {tuple(leaf.shape)}".encode())
+        digest.update(leaf.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _structure(state: State) -> Any:

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +68,7 @@ def serving(examples, model, folder, **limits):
         assert text.endswith(b"\n")
         return answer.status, json.loads(text)
 
-    ask.batcher = batcher
+    ask.batcher, ask.port = batcher, server.server_port
     try:
         yield ask
     finally:
@@ -168,10 +169,10 @@ def test_the_end_of_a_text_is_not_read(examples, tmp_path):
         first = ask("POST", "a", {"text": "so", "max_new_tokens": 6})[1]
         assert first["new_tokens"] == 6
         made = first["text"].encode()
-        model.config.eos_token_id = ask.batcher.eos = made[0]
+        ask.batcher.eos = [257, made[0]]
         stopped = ask("POST", "b", {"text": "so", "max_new_tokens": 6})[1]
         assert (stopped["text"], stopped["new_tokens"]) == ("", 0)
-        model.config.eos_token_id = ask.batcher.eos = None
+        ask.batcher.eos = [None]
         assert ask("POST", "b", {"text": "", "max_new_tokens": 6})[1]["text"] == first["text"]
 
 
@@ -231,6 +232,12 @@ def test_limits_and_old_or_foreign_sessions_are_refused_clearly(examples, model,
         told, answer = ask("POST", "one", {"text": "x"})
         assert told == 409
         assert "not a whole safetensors file" in answer["error"]
+        (tmp_path / "two.safetensors").rename(tmp_path / "kept")
+        (tmp_path / "two.safetensors").mkdir()
+        assert ask("POST", "two", {"text": "x"})[0] == 409
+        assert ask("DELETE", "two")[0] == 409
+        (tmp_path / "two.safetensors").rmdir()
+        (tmp_path / "kept").rename(tmp_path / "two.safetensors")
         assert ask("DELETE", "one")[0] == 200
         assert ask("POST", "three", {"text": "x"})[0] == 200
     with serving(examples, tiny(seed=1), tmp_path, waiting=0) as ask:
@@ -239,6 +246,28 @@ def test_limits_and_old_or_foreign_sessions_are_refused_clearly(examples, model,
         told, answer = ask("POST", "two", {"text": "x"})
         assert told == 409
         assert "another model" in answer["error"]
+
+
+def test_a_folder_has_one_server(examples, model, tmp_path):
+    _, sessions = examples
+    refused = pytest.raises(sessions.Refused, match="another server uses")
+    with serving(examples, model, tmp_path), refused:
+        sessions.Batcher(model, 256, tmp_path, sessions.Limits())
+    with serving(examples, model, tmp_path) as ask:
+        assert ask("POST", "a", {"text": "x"})[0] == 200
+
+
+def test_a_body_that_is_cut_is_not_read(quiet):
+    ask, folder = quiet
+    with socket.create_connection(("127.0.0.1", ask.port), timeout=60) as client:
+        sent = b'{"text": "x"}'
+        head = f"POST /sessions/cut HTTP/1.1\r\nContent-Length: {len(sent) + 9}\r\n\r\n"
+        client.sendall(head.encode() + sent)
+        client.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: client.recv(4096), b""))
+    assert b" 400 " in answer
+    assert b"the body ends after 13 of 22 bytes" in answer
+    assert not list(folder.iterdir())
 
 
 def test_the_program_serves_a_saved_model_until_it_is_told_to_stop(

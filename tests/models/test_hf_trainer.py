@@ -192,6 +192,15 @@ def test_targets_cross_the_boundaries():
     assert torch.equal(torch.cat([each["mask"] for each in cuts], 1), batch["attention_mask"])
 
 
+def test_a_label_behind_padding_is_no_target():
+    batch = {key: row[None] for key, row in rows()[0].items()}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][:, :2] = 0
+    whole = torch.cat([each["targets"] for each in module.segments(batch, 4)], 1)
+    assert whole[0, :2].tolist() == [-100, -100]
+    assert torch.equal(whole[:, 2:-1], batch["labels"][:, 3:])
+
+
 _PROCESS = """
 import sys
 import everlong

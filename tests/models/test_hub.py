@@ -63,6 +63,15 @@ def test_the_loss_shifts_its_labels(model):
     assert missing == []
 
 
+def test_the_loss_of_a_padded_row_is_that_of_the_row(model):
+    ids, labels = tokens(1, 7), tokens(1, 7)
+    expected = model(ids, labels=labels).loss
+    for left, right in ((3, 0), (0, 2), (2, 2)):
+        mask = F.pad(torch.ones(1, 7, dtype=torch.long), (left, right))
+        padded = F.pad(ids, (left, right)), F.pad(labels, (left, right), value=-100)
+        close(model(padded[0], attention_mask=mask, labels=padded[1]).loss, expected)
+
+
 def test_only_the_wanted_logits_are_made(model):
     ids = tokens(2, 7)
     logits = model(ids).logits

@@ -2,12 +2,13 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from everlong.tasks import _words, babi_sim, needles, updates
+from everlong.tasks import _words, babi_sim, needles, updates, word_counts
 from everlong.tasks.questions import (
     DEPTHS,
     Frame,
@@ -151,6 +152,27 @@ def test_facts_stand_at_their_places_in_order():
     length = num_bytes("Begin. First. one two Then. And then. three four Last. End?") + 10
     text = spread(length, frame, facts, filler, num_bytes)
     assert text == "Begin. First. one two Then. And then. three four Last. End?"
+
+
+@pytest.mark.parametrize("length", [200, 512, 4000])
+def test_a_depth_is_where_the_fact_stands(length):
+    for index in range(40):
+        item = text_task("passkey").item(length, 3, index)
+        before, after = item.prompt.split(f" The pass key is {item.answers[0]}.")
+        before = before.removeprefix("There is a pass key in this text: remember it.")
+        after = after.removesuffix("What is the pass key? The pass key is")
+        if len(before) + len(after) > 1:
+            share = (len(before) + 1) / (len(before) + len(after) + 1)
+            assert item.group == DEPTHS[min(int(4 * share), 3)]
+
+
+def test_what_there_are_too_few_of_is_said(monkeypatch):
+    make, config = text_task("passkey").make_item, text_task("passkey").config
+    with pytest.raises(ValueError, match="90 have 2 digits: raise digits"):
+        make(replace(config, digits=2, num_candidates=90), 0, 0)
+    monkeypatch.setattr(word_counts, "COINED", 100)
+    with pytest.raises(ValueError, match="length is 4096: the list needs more than the 100"):
+        text_task("common_words").item(4096, 0, 0)
 
 
 def test_fillers():

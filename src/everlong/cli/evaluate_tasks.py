@@ -36,7 +36,8 @@ def evaluate_tasks(opened: Any, names: Sequence[str], asked: Any) -> list[dict[s
     print(
         f"{asked.samples} items a length, seed {asked.seed}; lengths in {codec.name}; intervals of "
         f"95 % (Wilson). said: greedy generation is the answer; first: the answer is the likeliest "
-        f"of the candidates; chance: of first, or of said where nothing is ranked{ahead}"
+        f"of the candidates; chance: of a random order of them, or of one answer to all items, "
+        f"whichever is more{ahead}"
     )
     return rows
 
@@ -60,7 +61,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> None:
             str(row["samples"]),
             _share(row, "exact"),
             _share(row, "ranked"),
-            f"{row['chance']:.3f}",
+            f"{max(row['chance'], row.get('constant', 0)):.3f}",
             _traces(row),
             f"{row['state_bytes']:,} B",
         )

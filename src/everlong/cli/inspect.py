@@ -74,7 +74,7 @@ def _new_file(path: Path) -> Iterator[TextIO]:
     from everlong.errors import UserError
 
     try:
-        file = path.open("x", encoding="utf-8")
+        file = path.open("x", encoding="utf-8", errors="backslashreplace")  # names are bytes
     except FileExistsError as error:
         raise UserError(f"{path} exists: give --out a new file") from error
     except OSError as error:
@@ -90,14 +90,13 @@ def _new_file(path: Path) -> Iterator[TextIO]:
 
 
 def _stream(opened: Any, raw: Any) -> tuple[Any, Any]:
-    """The document in the model's tokens, and its ids with the model's bos, if any, in front."""
+    """The document in the model's tokens, and its ids behind what a stream begins with."""
     import numpy as np
 
     from everlong.tasks.text import tokenize
 
     documents = tokenize(raw, opened.tokenizer) if opened.tokenizer else raw
-    ids, bos = np.asarray(documents[0]).astype(np.int64), opened.model.config.bos_token_id
-    return documents, ids if bos is None else np.concatenate([[bos], ids])
+    return documents, np.append(opened.bos, np.asarray(documents[0]).astype(np.int64))
 
 
 def token_texts(ids: Any, tokenizer: Any) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from everlong import state as states
 from everlong.errors import UserError
+from everlong.models.card import memories
 
 BLOCK = 1024  # tokens a call: bounds what reading holds besides the state
 _PIPE = 1 << 16  # bytes read from a pipe at a time
@@ -98,8 +99,7 @@ class Reader:
 
 
 def _name(model: Any) -> str:
-    segment = model.config.segment
-    return segment["name"] if segment else "+".join(dict.fromkeys(model.config.layer_names))
+    return "+".join(memories(model))
 
 
 def fingerprint(model: Any) -> str:
@@ -108,7 +108,9 @@ def fingerprint(model: Any) -> str:
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten()[:64].detach().cpu().double().numpy().tobytes())
-    digest.update(repr([model.config.segment, model.config.mixers]).encode())
+    config = model.config  # of a model made by extend, or of ours
+    memory = config.memory if hasattr(config, "memory") else [config.segment, config.mixers]
+    digest.update(repr(memory).encode())
     return digest.hexdigest()
 
 

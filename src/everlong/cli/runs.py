@@ -1,13 +1,22 @@
 """The folder of a run, as the commands read it: its recipe, its newest weights, its tokenizer."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.logging import disable_progress_bar
+from safetensors import SafetensorError, safe_open
+from transformers.utils.logging import (
+    disable_progress_bar,
+    get_verbosity,
+    set_verbosity,
+    set_verbosity_error,
+)
 
+from everlong.cli.final import SUMS, weight_sums
 from everlong.cli.prepare import load_tokenizer
 from everlong.errors import UserError
 from everlong.models.hub import EverlongForCausalLM, StreamForCausalLM
@@ -16,6 +25,8 @@ from everlong.recipes import Recipe
 from everlong.tasks.text import BOS, VOCAB_SIZE
 from everlong.training import checkpoints
 from everlong.training.run import read_config
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # whole, or in several files
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,16 @@ class Run:
 
     @property
     def bos(self) -> int:
-        return BOS if self.model.config.bos_token_id is None else self.model.config.bos_token_id
+        """What a stream begins with: bos, or eos where the model has no bos; `UserError` for one
+        that has neither."""
+        config = self.model.config
+        for each in (config.bos_token_id, config.eos_token_id):
+            if each is not None:
+                return each[0] if isinstance(each, list | tuple) else each
+        raise UserError(
+            f"the model of {self.folder} has neither a bos nor an eos, and a stream begins with "
+            "one: give its config.json a bos_token_id"
+        )
 
 
 def open_run(folder: Path) -> Run:
@@ -40,7 +60,7 @@ def open_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"no run at {folder}: give the folder that `everlong train` wrote")
     recipe, segment_length, weights = None, None, folder
-    if not (folder / "model.safetensors").exists():
+    if not any((folder / name).exists() for name in _WEIGHTS):
         config = described(folder)
         segment_length = config.get("train", {}).get("segment_length")
         if "recipe" in config:
@@ -75,10 +95,58 @@ def best_device() -> torch.device:
 
 def _load(folder: Path) -> StreamForCausalLM:
     disable_progress_bar()  # it would draw one for every few weights
+    _check_sums(folder)
     try:
         kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
         known = ExtendedForCausalLM if kind == ExtendedConfig.model_type else EverlongForCausalLM
-        return known.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
+        with _only_errors():
+            # otherwise it would unpickle a pytorch_model.bin where there are no safetensors
+            given = {"use_safetensors": True, "output_loading_info": True}
+            model, told = known.from_pretrained(folder, **given)
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} holds no model that can be read: {reason}") from error
+    _check_kinds(model, folder)
+    if lacking := sorted(told["missing_keys"]):
+        raise UserError(f"{folder} lacks weights of its own model: {', '.join(lacking)[:200]}")
+    return model
+
+
+def _check_sums(folder: Path) -> None:
+    """`UserError` unless the weights are those written, where the folder says what was."""
+    if (folder / "manifest.json").exists():
+        checkpoints.verify(folder)
+    sums = folder / SUMS
+    if not sums.exists():
+        return
+    try:
+        written = dict(line.split("  ")[::-1] for line in sums.read_text("utf-8").splitlines())
+    except ValueError as error:
+        raise UserError(f"{sums} is damaged: remove it to read what is there") from error
+    if written != weight_sums(folder):
+        raise UserError(
+            f"the weights in {folder} are damaged: they are not those written (where they were "
+            f"changed on purpose, remove {SUMS})"
+        )
+
+
+def _check_kinds(model: Any, folder: Path) -> None:
+    """`UserError` for whole numbers where weights are: they would be converted in silence."""
+    held = model.state_dict()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in held.keys() & set(file.keys()):
+                kind = file.get_slice(name).get_dtype()
+                if held[name].is_floating_point() and not kind.startswith(("F", "BF")):
+                    raise UserError(f"{path} is damaged: {name} is of {kind}")
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """transformers tells what it misses in a table, which is an error of one line here."""
+    before = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(before)

@@ -93,7 +93,7 @@ class Inspection:
 def inspect_stream(
     model: Any, ids: Array, segment_length: int, tokens: int, segments: int
 ) -> Inspection:
-    """Read ids Int [T] (a bos first, where the model has one) as one stream from a fresh state.
+    """Read ids Int [T] (a bos first) as one stream from a fresh state.
 
     `tokens`: positions whose records are kept; `segments`: segments whose writes are. A segment
     ends at the multiples of `segment_length`. The state is not held: memory is that of what is

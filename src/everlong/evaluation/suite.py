@@ -3,6 +3,7 @@
 A row is one task at one length, or of that the questions of one group.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -82,8 +83,9 @@ def measure(
 
     Of a text task: task, length, group (None: all), samples, `exact` (said in greedy generation)
     and `ranked` (the answers are the likeliest candidates) with their intervals, `chance` of the
-    latter, `found` (mean share of the answers that are said), `first_by_role` (shares of the
-    candidates ranked first), `trace_by_role` (nats above what the text does not hold), tokens and
+    latter, `constant` (the share whose answers are the same: what one answer to all of them gets),
+    `found` (mean share of the answers that are said), `first_by_role` (shares of the candidates
+    ranked first), `trace_by_role` (nats above what the text does not hold), tokens and
     state_bytes. Of a token task: `exact` alone, the share of its targets. A length in which some
     item has no room gives one row with `missing`, the reason.
     """
@@ -169,6 +171,7 @@ def _summary(group: str | None, replies: Sequence[Reply]) -> Row:
         "ranked": ranked,
         "ranked_interval": wilson(ranked, count),
         "chance": fmean(reply.question.chance for reply in replies),
+        "constant": max(Counter(reply.question.answers for reply in replies).values()) / count,
         "found": fmean(reply.found for reply in replies),
         "first_by_role": {role: first.count(role) / len(first) for role in sorted(set(first))},
         "trace_by_role": {role: fmean(each) for role, each in sorted(traces.items())},

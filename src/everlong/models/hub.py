@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
@@ -28,6 +29,7 @@ from everlong.stateful import Trace
 __all__ = ["EverlongCache", "EverlongForCausalLM", "StreamForCausalLM", "StreamLayer"]
 
 _LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+_IGNORED = -100  # transformers' label of what is not scored
 _FOR_GENERATE = ("tokenizer", "assistant_tokenizer")
 _REMEDIES = {
     "position_ids": "positions are counted by the state; mark padding in attention_mask, and give "
@@ -65,7 +67,8 @@ class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V], or of the last `logits_to_keep` columns; the loss of `labels` [B, T],
-        which are shifted here; the cache, moved on by this call's columns unless `use_cache=False`.
+        which are shifted here and not counted right behind padding; the cache, moved on by this
+        call's columns unless `use_cache=False`.
 
         attention_mask [B, columns]: 1 = a real token. It may cover the columns read before: only
         this call's are used. Masked positions leave the state alone and have logits 0.
@@ -84,7 +87,8 @@ class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
             cache = EverlongCache()
         layer = None if cache is None else stream_layer(cache)
         state = None if layer is None else layer.state
-        hidden, state = self.body(x, state, _columns(attention_mask, x.shape[1]), trace)
+        mask = _columns(attention_mask, x.shape[1])
+        hidden, state = self.body(x, state, mask, trace)
         if use_cache and layer is not None:
             layer.advance(state, x.shape[1])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -92,6 +96,8 @@ class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             options = {key: kwargs[key] for key in _LOSS_OPTIONS if key in kwargs}
+            if mask is not None:
+                labels = _foretold(labels, mask, options.get("ignore_index", _IGNORED))
             loss = self.loss_function(logits, labels, self.config.vocab_size, **options)
         held: Any = {CACHE_NAME: cache if use_cache else None}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **held)
@@ -243,6 +249,12 @@ def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
     if cache is not None and past_key_values is not None:
         raise ValueError("past_key_values is the old name of cache: give one of them")
     return past_key_values if cache is None else cache
+
+
+def _foretold(labels: Tensor, mask: Tensor, ignored: int) -> Tensor:
+    """Labels without those right behind a masked position, which foretells nothing."""
+    behind = F.pad(~mask[:, :-1], (1, 0), value=False)
+    return labels.masked_fill(behind, ignored)
 
 
 def _columns(attention_mask: Tensor | None, length: int) -> Tensor | None:

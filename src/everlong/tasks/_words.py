@@ -46,6 +46,9 @@ def plain_sentence(generator: np.random.Generator) -> str:
     )
 
 
+COINED = (len(_CONSONANTS) * len(_VOWELS)) ** 3 * 9 // 10  # the last ones are rarely drawn
+
+
 def coined(generator: np.random.Generator, count: int, taken: set[str] | None = None) -> list[str]:
     """Different words of three syllables that mean nothing, none of them `taken`."""
     found: dict[str, None] = {}
@@ -65,7 +68,13 @@ def number(generator: np.random.Generator, digits: int) -> str:
 
 
 def numbers(generator: np.random.Generator, count: int, digits: int) -> list[str]:
-    """Different numbers of so many digits, in no order."""
+    """Different numbers of so many digits, in no order, and not all there are; `ValueError` where
+    there are too few."""
+    every = 9 * 10 ** (digits - 1)
+    if count >= every:
+        raise ValueError(
+            f"{count} different numbers are needed, and {every} have {digits} digits: raise digits"
+        )
     found: dict[str, None] = {}
     while len(found) < count:
         found[number(generator, digits)] = None

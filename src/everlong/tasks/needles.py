@@ -96,7 +96,7 @@ def make_item(config: NeedlesConfig, seed: int, index: int, count: Count = num_b
         prompt,
         answers=tuple(values[:asked]),
         candidates=(*candidates, *unseen),
-        group=depth_group(depths[0]) if one else _ALL,
+        group=depth_group(prompt, frame, facts[0][1]) if one else _ALL,
         roles=dict.fromkeys(unseen, "unseen"),
     )
 

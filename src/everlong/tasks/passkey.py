@@ -58,7 +58,7 @@ def make_item(config: PasskeyConfig, seed: int, index: int, count: Count = num_b
         prompt,
         answers=(candidates[0],),
         candidates=tuple(candidates),
-        group=depth_group(depth),
+        group=depth_group(prompt, frame, fact),
         roles=dict.fromkeys(candidates[1:], "unseen"),
     )
 

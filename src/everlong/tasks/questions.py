@@ -215,6 +215,9 @@ def filled(
     return spread(config.length, frame, facts, sentences(config.filler, generator), count)
 
 
-def depth_group(place: float) -> str:
-    """The one of `DEPTHS` in which a place from 0 to 1 is."""
+def depth_group(prompt: str, frame: Frame, fact: str) -> str:
+    """The one of `DEPTHS` in which a fact stands: how much of what is between the frame is before
+    it. With little filler that is not the place it was drawn for."""
+    inside = prompt.removeprefix(frame.before).removesuffix(frame.after)
+    place = inside.index(fact) / max(len(inside) - len(fact), 1)
     return DEPTHS[min(int(4 * place), 3)]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from everlong.tasks._shared import check_least
-from everlong.tasks._words import coined
+from everlong.tasks._words import COINED, coined
 from everlong.tasks.questions import Count, Question, TooShort, num_bytes, register_task
 
 _ALL = "the most common"
@@ -103,6 +103,11 @@ def _listed(
 
     def needed(size: int) -> int:
         wanted = times(size)
+        if len(wanted) > COINED:
+            raise ValueError(
+                f"length is {config.length}: the list needs more than the {COINED} different words "
+                "there are; give a shorter one"
+            )
         fresh = len(wanted) - len(words)
         if fresh > 0:
             words.extend(coined(generator, fresh, set(words)))

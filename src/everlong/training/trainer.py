@@ -98,7 +98,7 @@ class ReplayTrainer(Trainer):
         batch = self._prepare_inputs(inputs)
         cuts = segments(batch, self.segment_length)
         if num_items_in_batch is None:
-            count = max(int((batch["labels"][:, 1:] != IGNORE).sum()), 1)
+            count = max(sum(int((cut["targets"] != IGNORE).sum()) for cut in cuts), 1)
             weight = 1 / (count * self.current_gradient_accumulation_steps)
         else:
             shared = (
@@ -138,6 +138,7 @@ def segments(batch: Mapping[str, Any], length: int) -> list[dict[str, Tensor]]:
     }
     if batch.get("attention_mask") is not None:
         whole["mask"] = batch["attention_mask"]
+        whole["targets"] = whole["targets"].masked_fill(whole["mask"] == 0, IGNORE)
     cuts = zip(*(each.split(length, 1) for each in whole.values()), strict=True)
     return [dict(zip(whole, pieces, strict=True)) for pieces in cuts]
 

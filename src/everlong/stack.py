@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong import registry
+from everlong.ops.adapted import weight_of
+from everlong.ops.gated import swiglu
+from everlong.ops.norm import RMSNorm
 from everlong.state import State
 from everlong.stateful import Stateful, Trace
 
@@ -55,8 +58,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * value)
+        return self.down(swiglu(self.up(x)))
 
 
 class Read(nn.Module):
@@ -79,6 +81,8 @@ class Read(nn.Module):
         """x [B, T, D], memory ([B, N, D], Bool [B, N] or None) -> [B, T, D]."""
         rows, mask = memory
         q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        if x.shape[1] == 1 and not (self.training and self.dropout):
+            return self.out(self._one(q, rows.to(x.dtype), mask, trace))
         kv = self.key_value(rows.to(x.dtype) * self.scale).unflatten(-1, (2, self.num_heads, -1))
         k, v = kv.permute(2, 0, 3, 1, 4)
         if mask is not None:
@@ -92,6 +96,21 @@ class Read(nn.Module):
             trace.record(self.record, scores.softmax(-1).mean(1))
         return self.out(y.transpose(1, 2).flatten(2))
 
+    def _one(self, q: Tensor, rows: Tensor, mask: Tensor | None, trace: Trace | None) -> Tensor:
+        """What a single query q [B, H, 1, d] reads, [B, 1, D]: it is taken through the key map to
+        the rows and what it finds through the value map, so that no keys and values of all rows are
+        made for it."""
+        keys, values = weight_of(self.key_value).unflatten(0, (2, self.num_heads, -1))
+        asked = (q.squeeze(2).transpose(0, 1) @ keys).transpose(0, 1)  # [B, H, D]
+        scores = asked @ rows.mT * (self.scale * q.shape[-1] ** -0.5)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], float("-inf"))
+        weights = scores.softmax(-1)
+        if trace is not None and trace.recording:
+            trace.record(self.record, weights.mean(1, keepdim=True))
+        found = weights.to(rows.dtype) @ rows * self.scale  # [B, H, D]
+        return (found.transpose(0, 1) @ values.mT).transpose(0, 1).flatten(1)[:, None]
+
 
 class Block(nn.Module):
     """Pre-norm block: mixer, then (where something is to be read) a read, then feed-forward.
@@ -104,11 +123,11 @@ class Block(nn.Module):
     def __init__(self, mixer: Stateful, reader: Read | None, config: StackConfig):
         super().__init__()
         width = config.hidden_size
-        self.mixer_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mixer_norm = RMSNorm(width, eps=1e-6)
         self.mixer = mixer
-        self.read_norm = None if reader is None else nn.RMSNorm(width, eps=1e-6)
+        self.read_norm = None if reader is None else RMSNorm(width, eps=1e-6)
         self.reader = reader
-        self.feed_norm = nn.RMSNorm(width, eps=1e-6)
+        self.feed_norm = RMSNorm(width, eps=1e-6)
         self.feed_forward = FeedForward(width, config.feed_forward_size)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -140,11 +159,21 @@ class Block(nn.Module):
         **inputs: Any,
     ) -> tuple[Tensor, State]:
         y, state = self.mixer(self.mixer_norm(x), state, trace=trace, lengths=lengths, **inputs)
-        x = x[:, -y.shape[1] :] + self.dropout(y)  # a mixer may need more than it answers
+        x = x[:, -y.shape[1] :] + self._dropped(y)  # a mixer may need more than it answers
         if self.reader is not None and self.read_norm is not None:
             assert memory is not None, "a block with a reader is called with a memory"
-            x = x + self.dropout(self.reader(self.read_norm(x), memory, trace))
-        return x + self.dropout(self.feed_forward(self.feed_norm(x))), state
+            x = x + self._dropped(self.reader(self.read_norm(x), memory, trace))
+        return x + self._dropped(self.feed_forward(self.feed_norm(x))), state
+
+    def advance(
+        self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None, **inputs: Any
+    ) -> State:
+        """The new state alone: it is the mixer's, and nothing behind the mixer is computed."""
+        _, state = self.mixer(self.mixer_norm(x), state, trace=trace, lengths=lengths, **inputs)
+        return state
+
+    def _dropped(self, y: Tensor) -> Tensor:
+        return self.dropout(y) if self.training else y
 
 
 class Stack(Stateful):
@@ -163,7 +192,7 @@ class Stack(Stateful):
             for i, name in enumerate(config.layers)
         ]
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm = RMSNorm(config.hidden_size, eps=1e-6)
         with torch.no_grad():  # each layer adds several branches: their sum starts at unit scale
             for block in blocks:
                 block.feed_forward.down.weight.div_((2 * len(blocks)) ** 0.5)
@@ -204,11 +233,16 @@ class Stack(Stateful):
         memory: Memory | None = None,
         mutual: bool = False,
         taps: Taps | None = None,
+        outputs: bool = True,
     ) -> tuple[Tensor, State]:
+        """`outputs=False`: y is meaningless, and what only y needs is left out."""
         states = []
         inputs = {"mutual": True} if mutual else {}
         for i, (block, layer_state) in enumerate(zip(self.blocks, state, strict=True)):
             x = x if taps is None else taps.enter(i, x)
+            if not outputs and i == self.num_layers - 1:
+                states.append(cast(Block, block).advance(x, layer_state, lengths, trace, **inputs))
+                return x, tuple(states)
             x, layer_state = block(x, layer_state, lengths, trace, memory, **inputs)
             if taps is not None:
                 taps.leave(i, x)

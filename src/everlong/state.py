@@ -66,12 +66,17 @@ def leaves(state: State) -> list[Tensor]:
 
 def batch_size(state: State) -> int:
     """Rows of the state (dimension 0 of its first leaf)."""
-    return leaves(state)[0].shape[0]
+    first = state
+    while not isinstance(first, Tensor):
+        if not isinstance(first, dict | tuple):
+            raise ValueError(f"a state holds dicts, tuples and tensors only, not {_kind(first)}")
+        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
+    return first.shape[0]
 
 
-def shapes(state: State) -> dict[str, torch.Size]:
-    """Of every leaf by its path, without the rows."""
-    return {path: leaf.shape[1:] for path, leaf in flatten(state).items()}
+def shapes(state: State) -> Any:
+    """Of every leaf, without the rows, in the structure of the state."""
+    return tree_map(lambda leaf: leaf.shape[1:], state)
 
 
 def num_bytes(state: State) -> int:
@@ -203,7 +208,7 @@ def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     for key in sorted(tensors):
         leaf = tensors[key]
         digest.update(f"{key} {leaf.dtype} {tuple(leaf.shape)}".encode())
-        digest.update(leaf.flatten().view(torch.uint8).numpy())
+        digest.update(leaf.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

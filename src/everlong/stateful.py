@@ -73,7 +73,7 @@ class Stateful(nn.Module):
 
     period: int = 1  # segment or chunk length: boundaries lie at its multiples of stream positions
     hidden_size: int | None = None  # width D of the inputs, checked at the door where it is set
-    state_shapes: dict[str, torch.Size] | None = None  # of a state's leaves without rows, likewise
+    state_shapes: Any = None  # of a state's leaves without rows (`state.shapes`), likewise
 
     def init_state(
         self,

@@ -150,3 +150,11 @@ def test_what_is_not_written_may_be_nan():
     for write in (write_at, write_ring):
         got = write(torch.zeros(2, 5, 1), values, start, lengths)
         assert got.flatten().tolist() == [0.0, 1.0] + [0.0] * 8
+
+
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_a_buffer_that_is_filled_may_grow(place):
+    """Also where what is written is as long as the buffer."""
+    buffer, values = torch.arange(3.0)[None, :, None], torch.ones(1, 3, 1)
+    got = write_at(buffer, values, torch.tensor([place]), None)
+    assert got.flatten().tolist() == [0.0, 1.0, 2.0][:place] + [1.0] * 3

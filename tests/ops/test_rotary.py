@@ -72,6 +72,18 @@ def test_float32_is_exact_at_position_ten_million():
 
 def test_angles_are_shared_by_rows_that_stand_together():
     cos, _ = rotary.angles(torch.tensor([3, 3]), 4, 8, 10_000.0, torch.float32)
-    assert cos.shape == (1, 4, 1, 4)
+    assert cos.shape == (1, 4, 1, 8)
     cos, _ = rotary.angles(torch.tensor([3, 4]), 4, 8, 10_000.0, torch.float32)
-    assert cos.shape == (2, 4, 1, 4)
+    assert cos.shape == (2, 4, 1, 8)
+
+
+def test_turned_in_one_go_are_queries_and_keys():
+    qkv, position = numbers(2, 3, 6, 4).requires_grad_(), torch.tensor([0, 5])
+    cos, sin = rotary.angles(position, 3, 4, 10_000.0, qkv.dtype)
+    q, k, v = qkv.split(2, 2)
+    expected = rotary.apply(q, cos, sin), rotary.apply(k, cos, sin), v
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            for got, wanted in zip(rotary.turn(qkv, 2, cos, sin), expected, strict=True):
+                assert torch.equal(got, wanted)
+    assert torch.autograd.gradcheck(lambda x: rotary.turn(x, 2, cos, sin), (qkv,))

@@ -79,10 +79,11 @@ class SelfAttention(nn.Module):
         `wide` queries [B, T, H, 2 d] are followed by themselves as they were before the turn: what
         a prefix is met with.
         """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        cos, sin = rotary.angles(position, x.shape[1], q.shape[-1], 10_000.0, q.dtype)
-        turned = rotary.apply(q, cos, sin)
-        return torch.cat([turned, q], -1) if wide else turned, rotary.apply(k, cos, sin), v
+        heads = self.num_heads
+        qkv = self.qkv(x).unflatten(-1, (3 * heads, -1))
+        cos, sin = rotary.angles(position, x.shape[1], qkv.shape[-1], 10_000.0, qkv.dtype)
+        q, k, v = rotary.turn(qkv, heads, cos, sin)
+        return torch.cat([q, qkv[:, :, :heads]], -1) if wide else q, k, v
 
     def prefix(self, tokens: Tensor) -> Prefix:
         """Keys and values of tokens [B or 1, N, D] that have no position: they are as near to every
@@ -168,15 +169,20 @@ class Attention(Stateful):
         """`mutual=True`: the positions of this call also see those of it that come later."""
         position, length = state["position"], x.shape[1]
         after = position + (length if lengths is None else lengths)
-        total, place = int(after.max()), common_value(position)
+        place = common_value(position)
+        ragged = lengths is not None or place is None
+        total = int(after.max()) if ragged else int(place or 0) + length
         if self.config.capacity is not None and total > self.config.capacity:
             raise ValueError(
                 f"the stream is {total} tokens long and this attention holds "
                 f"{self.config.capacity}: raise capacity, or use sliding_attention"
             )
         q, k, v = self.attention.project(x, position)
-        keys = write_at(pad_length(state["keys"], total), k, position, lengths)
-        values = write_at(pad_length(state["values"], total), v, position, lengths)
+        keys, values = state["keys"], state["values"]
+        if ragged:  # else the new ones are put behind them as they are
+            keys, values = pad_length(keys, total), pad_length(values, total)
+        keys = write_at(keys, k, position, lengths)
+        values = write_at(values, v, position, lengths)
         if mutual:
             mask = torch.arange(total, device=x.device) < after[:, None]
             mask = mask[:, None].expand(-1, length, -1)

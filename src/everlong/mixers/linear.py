@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong import state as states
+from everlong.ops import norm
 from everlong.ops.delta import delta_rule, linear_attention
+from everlong.ops.gated import gated
 from everlong.ops.shortconv import short_convolution
 from everlong.state import State
 from everlong.stateful import Stateful, Trace
@@ -41,14 +43,13 @@ def check_sizes(config: Any, **least: int) -> None:
 
 def unit(x: Tensor) -> Tensor:
     """Vectors of length 1, float32 at least; a small eps keeps those near 0 finite."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)
+    return norm.unit(x.to(torch.promote_types(x.dtype, torch.float32)), EPS)
 
 
-def normed(norm: nn.RMSNorm, o: Tensor, x: Tensor) -> Tensor:
+def normed(layer: nn.RMSNorm, o: Tensor, x: Tensor) -> Tensor:
     """What was read, float32 at least, through its norm in that precision, in the dtype of x."""
-    weight = norm.weight.to(o.dtype)
-    return F.rms_norm(o, weight.shape, weight, norm.eps).to(x.dtype)
+    assert layer.eps is not None
+    return norm.rms_norm(o, layer.weight.to(o.dtype), layer.eps).to(x.dtype)
 
 
 def reference(
@@ -174,7 +175,7 @@ class LinearMixer(Stateful):
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         """o [B, T, H, V], float32 at least -> [B, T, D]."""
         y = normed(self.norm, o, x).flatten(2)
-        return self.out(y if self.gate is None else y * F.silu(self.gate(x)))
+        return self.out(y if self.gate is None else gated(self.gate(x), y))
 
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         device, dtype = self._defaults(device, dtype)

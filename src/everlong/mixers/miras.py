@@ -28,8 +28,9 @@ from everlong.ops.adapted import weight_of
 from everlong.ops.biases import BIASES, LEVELLED
 from everlong.ops.block import Inner
 from everlong.ops.dual import Call, Pairs, dual, dual_reference, network
-from everlong.ops.explicit import explicit, orthogonal, scaled
+from everlong.ops.explicit import explicit, one, orthogonal, scaled
 from everlong.ops.features import polynomial, polynomial_size
+from everlong.ops.gated import gated
 from everlong.ops.grid import Grid
 from everlong.ops.retention import RETENTIONS, Retention
 from everlong.ops.schedule import Gates, lags
@@ -199,6 +200,7 @@ class Miras(Stateful):
         if config.norm:
             self.gain = nn.Parameter(torch.full((heads, values), values**-0.5))  # length 1
             self.shift = nn.Parameter(torch.zeros(heads, values))
+        self.every = (config.every or config.chunk_size) if config.algorithm == "muon" else 0
         self.norm = nn.RMSNorm(values, eps=EPS)
         self.gate = nn.Linear(width, heads * values, bias=False) if config.gate else None
         self.out = nn.Linear(heads * values, width, bias=False)
@@ -268,6 +270,7 @@ class Miras(Stateful):
             window=config.window,
             heads=config.num_heads,
             dense=dense,
+            cut=self._form() is dual,
         )
         q, written, after = self._written(x, state, lengths, exact)
         held = state.get("pending", {})
@@ -277,9 +280,10 @@ class Miras(Stateful):
         with torch.autocast(x.device.type, enabled=False):
             y, weights, momenta = self._learn(grid, q, joined, state, dense)
         rows = len(x), config.num_heads
-        after["weights"] = tuple(w.unflatten(0, rows) for w in weights)
-        if momenta:
-            after["momenta"] = tuple(s.unflatten(0, rows) for s in momenta)
+        if grid.live:  # else they are what they were
+            after["weights"] = tuple(w.unflatten(0, rows) for w in weights)
+            if momenta:
+                after["momenta"] = tuple(s.unflatten(0, rows) for s in momenta)
         after["position"] = state["position"] + (x.shape[1] if lengths is None else lengths)
         return self._finish(grid.outputs(y), q, x), {**state, **after}
 
@@ -303,7 +307,7 @@ class Miras(Stateful):
         if self.config.residual:
             o = o + self._residual(q.transpose(1, 2)).transpose(1, 2)
         y = normed(self.norm, o, x).flatten(2)
-        return self.out(y if self.gate is None else y * F.silu(self.gate(x)))
+        return self.out(y if self.gate is None else gated(self.gate(x), y))
 
     def _written(
         self, x: Tensor, state: State, lengths: Tensor | None, exact: torch.dtype
@@ -333,21 +337,24 @@ class Miras(Stateful):
         )
         pairs = Pairs(self._features(grid.queries(q)), *self._targets(parts))
         inner, kept = self._inner(), config.kept
-        every = (config.every or config.chunk_size) if config.algorithm == "muon" else 0
         if config.decay_first:
             faded = gates.keep.cumprod(-1)[..., None]
             pairs = replace(pairs, probe=faded * pairs.key)
+        if grid.last:
+            return one(pairs, gates, weights, momenta, inner, bool(grid.live))
         call = Call(pairs, gates, grid.full(), grid.index)
         if dense:
-            return dual_reference(call, weights, momenta, inner, kept.read, every)
-        form: Callable[..., Any] = dual
-        if every:
-            form = partial(orthogonal, every=every)
-        elif config.retention == "lq":
-            form = partial(scaled, scale=kept.scale)
-        elif not kept.linear:
-            form = partial(explicit, read=kept.read)
-        return form(call, weights, momenta, inner)
+            return dual_reference(call, weights, momenta, inner, kept.read, self.every)
+        return self._form()(call, weights, momenta, inner)
+
+    def _form(self) -> Callable[..., Any]:
+        """The operator of the chosen algorithm and retention."""
+        config, kept = self.config, self.config.kept
+        if self.every:
+            return partial(orthogonal, every=self.every)
+        if config.retention == "lq":
+            return partial(scaled, scale=kept.scale)
+        return dual if kept.linear else partial(explicit, read=kept.read)
 
     def _gates(self, grid: Grid, parts: dict[str, Tensor]) -> Gates:
         config = self.config

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everlong import state as states
 from everlong.mixers.attention import Prefix, SelfAttention, check_heads, check_rate
-from everlong.ops.ragged import write_ring
+from everlong.ops.ragged import common_value, write_ring
 from everlong.registry import register
 from everlong.state import State
 from everlong.stateful import Stateful, Trace
@@ -89,6 +89,10 @@ class SlidingAttention(Stateful):
             "values": write_ring(state["values"], v, position, lengths),
             "position": position + (length if lengths is None else lengths),
         }
+        if length == 1 and (first := common_value(position)) is not None:
+            held = min(first + 1, window)  # the ring holds what a single token sees, and no more
+            keys, values = (new_state[name][:, :held] for name in ("keys", "values"))
+            return self.attention.attend(q, keys, values, None, prefix=prefix), new_state
         if not bool(position.any()) and length <= window:
             return self.attention.attend(q, k, v, None, True, prefix), new_state
         clock = position[:1] if bool((position == position[0]).all()) else position

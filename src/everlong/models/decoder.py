@@ -74,14 +74,28 @@ class Decoder(Stateful):
         return {"layers": state, "position": torch.zeros(batch_size, device=device).long()}
 
     def run(
-        self, x: Tensor, state: State, lengths: Tensor | None, trace: Trace | None
+        self,
+        x: Tensor,
+        state: State,
+        lengths: Tensor | None,
+        trace: Trace | None,
+        outputs: bool = True,
     ) -> tuple[Tensor, State]:
-        hidden = self.dropout(x if x.is_floating_point() else self.embed(x))
+        """`outputs=False`: hidden states are meaningless, and what only they need is left out."""
+        hidden = x if x.is_floating_point() else self.embed(x)
+        hidden = self.dropout(hidden) if self.training else hidden
         if not isinstance(self.core, Stack):
             return self.core(hidden, state, trace=trace, lengths=lengths)
-        hidden, layers = self.core(hidden, state["layers"], trace=trace, lengths=lengths)
+        hidden, layers = self.core(
+            hidden, state["layers"], trace=trace, lengths=lengths, outputs=outputs
+        )
         moved = x.shape[1] if lengths is None else lengths
         return hidden, {"layers": layers, "position": state["position"] + moved}
+
+    def advance(self, x: Tensor, state: State = None, mask: Tensor | None = None) -> State:
+        """The new state alone: without a segment memory, which may write what the last layer says,
+        the last layer is read by its mixer and no further."""
+        return self(x, state, mask, outputs=False)[1]
 
 
 def build_body(config: "EverlongConfig") -> Stateful:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from everlong.mixers.attention import SelfAttention
 from everlong.models.decoder import segment_memory, stack_config
+from everlong.ops.norm import RMSNorm
 from everlong.ops.ragged import write_at
 from everlong.segments.clock import SegmentMemory, choose_rows
 from everlong.segments.memformer import Memformer, MemformerConfig, SlotWriter
@@ -27,12 +28,12 @@ class EncoderBlock(nn.Module):
     def __init__(self, config: "EverlongConfig", options: MemformerConfig):
         super().__init__()
         width = config.hidden_size
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention_norm = RMSNorm(width, eps=1e-6)
         self.attention = SelfAttention(width, config.num_heads, config.dropout)
-        self.read_norm = nn.RMSNorm(width, eps=1e-6)
+        self.read_norm = RMSNorm(width, eps=1e-6)
         self.reader = Memformer.reader(options, config.dropout)()
         self.reader.record = "encoded"
-        self.feed_norm = nn.RMSNorm(width, eps=1e-6)
+        self.feed_norm = RMSNorm(width, eps=1e-6)
         feed_forward_size = stack_config(config, None).feed_forward_size
         self.feed_forward = FeedForward(width, feed_forward_size)
         self.dropout = nn.Dropout(config.dropout)
@@ -79,7 +80,7 @@ class MemformerEncoderDecoder(SegmentMemory):
         self.encoder = nn.ModuleList(
             EncoderBlock(config, options) for _ in range(options.encoder_layers)
         )
-        self.encoder_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.encoder_norm = RMSNorm(config.hidden_size, eps=1e-6)
         self.writer = SlotWriter(options)
         self.decoder = Stack(
             stack_config(config, capacity=self.period),

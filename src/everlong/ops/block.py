@@ -235,7 +235,7 @@ class Block:
             kept[i] = value
             return
         if kept[i] is None:
-            kept[i] = value.new_zeros(len(value), self.pairs, value.shape[-1])
+            kept[i] = value.new_empty(len(value), self.pairs, value.shape[-1])
         kept[i][:, here] = value
 
     def _shorten(self, own: list[Tensor], here: slice) -> None:

@@ -247,7 +247,8 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         inverse, *found = ctx.saved_tensors
         by_right = [inverse.mT @ grad for grad in grads]
-        by_lower = torch.zeros_like(inverse)
+        # not as the solver lays it out: summing into columns goes matrix by matrix
+        by_lower = torch.zeros_like(inverse, memory_format=torch.contiguous_format)
         for grad, r in zip(by_right, found, strict=True):
             _add(by_lower, grad, r.mT, -1)
         return by_lower.tril_(-1), *by_right

@@ -53,6 +53,17 @@ def linear_attention(
         return whole(o, state, length).to(dtype), last.view_as(state)
 
 
+def _delta_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`delta_rule` at one position, whose dimension is left out."""
+    state = expand_like(g.exp(), state) * state
+    k, q = k[:, :, None], q[:, :, None]  # [B, H, 1, K]
+    e = beta[..., None, None] * (v[:, :, None] - k @ state)
+    state = torch.addcmul(state, k.mT, e)
+    return (q @ state).squeeze(2), state
+
+
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -78,10 +89,9 @@ def delta_rule(
             o, last = kernels.delta_rule(state, *parts)
             return o.to(dtype), last
         if length == 1:
-            q, k, v, g, beta = parts
-            low_rank = expand_like(g, k).exp() * k, -beta[..., None] * k
-            o, state = dplr_reference(q, k, beta[..., None] * v, g, low_rank, state)
-            return o.to(dtype), state
+            q, k, v, g, beta = (part.squeeze(1) for part in parts)
+            o, state = _delta_step(q, k, v, g, beta, state)
+            return o[:, None].to(dtype), state
         q, k, v, g, beta = (chunked(part, chunk_size) for part in parts)
         (kk, qk), into, out, total = pairs((k, q), (k,), g)
         u, w = solve(beta * kk, beta * v, -beta * into * k)

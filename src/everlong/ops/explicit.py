@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from everlong.ops.block import TINY, Inner
 from everlong.ops.dual import Call, Pairs, Read, network
 from everlong.ops.newton_schulz import newton_schulz
-from everlong.ops.schedule import Rows, schedule
+from everlong.ops.schedule import Gates, Rows, last, schedule
 
 Found = tuple[Tensor, list[Tensor], list[Tensor]]
 _gelu_backward = torch.ops.aten.gelu_backward  # (g, z): g times the derivative of gelu at z
@@ -28,19 +28,10 @@ def _chunks(
     """`step(pairs, *others, weights, momenta)` of each chunk, its inputs without N, in turn; with
     `again` what it makes is made again for its gradients."""
 
-    def at(part: Any, n: int) -> Any:
-        if part is None or isinstance(part, Tensor):
-            return None if part is None else part[n]
-        if isinstance(part, Rows):
-            return Rows(*(at(x, n) for x in part))
-        if isinstance(part, tuple):
-            return tuple(at(x, n) for x in part)
-        return Pairs(**{name: at(x, n) for name, x in vars(part).items()})
-
     weights, momenta = start
     outputs, live = [], call.live
     for n in range(len(call.full)):
-        inputs = at(call.pairs, n), *(at(part, n) for part in others)
+        inputs = _at(call.pairs, n), *(_at(part, n) for part in others)
         inputs = *inputs, weights, momenta
         if again:
             y, *after = checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -50,6 +41,17 @@ def _chunks(
         if n < live:
             weights, momenta = after
     return torch.stack(outputs), list(weights), list(momenta)
+
+
+def _at(part: Any, n: int) -> Any:
+    """Of chunk n."""
+    if part is None or isinstance(part, Tensor):
+        return None if part is None else part[n]
+    if isinstance(part, Rows):
+        return Rows(*(_at(x, n) for x in part))
+    if isinstance(part, tuple):
+        return tuple(_at(x, n) for x in part)
+    return Pairs(**{name: _at(x, n) for name, x in vars(part).items()})
 
 
 def _rows(call: Call) -> tuple[Rows, Rows]:
@@ -103,6 +105,31 @@ def _learned(
     squares = [a.square().sum(-1) * b.square().sum(-1) for a, b in zip(entering, g, strict=True)]
     length = (torch.stack(squares).sum(0) + TINY).sqrt()[..., None]
     return entering, [x * (inner.limit / length).clamp(max=1) for x in g]
+
+
+def one(
+    pairs: Pairs,
+    gates: Gates,
+    weights: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    inner: Inner,
+    ends: bool,
+) -> Found:
+    """`dual` of a single chunk that is read at its last position alone, as one token is; `ends`:
+    whether all rows end it there, or none does."""
+    rows, pairs = _at(last(gates), 0), _at(pairs, 0)
+    a, g = _learned(inner, pairs, weights)
+    held = [*momenta] or [None] * len(weights)
+    x = pairs.query
+    for i, (w, s) in enumerate(zip(weights, held, strict=True)):
+        x = F.gelu(x) if i else x
+        y = rows.into * (x @ w) + ((x @ a[i].mT) * rows.pairs) @ g[i]
+        x = y if s is None else y + rows.drift * (x @ s)
+    if not ends:
+        return x[None], list(weights), list(momenta)
+    parts = zip(weights, held, a, g, strict=True)
+    after = [_moved(w, s, rows, x, y)[:, 0] for w, s, x, y in parts]
+    return x[None], after, [s[:, 0] for s in _moved_momenta(momenta, rows, a, g)]
 
 
 def explicit(

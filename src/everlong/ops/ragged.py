@@ -41,22 +41,20 @@ def unpack(y: Tensor, lengths: Tensor, order: Tensor, length: int) -> Tensor:
 
 def common_value(clock: Tensor) -> int | None:
     """The value all rows of an integer [B] tensor share, or None."""
-    first = int(clock[0])
-    return first if bool((clock == first).all()) else None
+    values = clock.tolist()
+    return values[0] if values.count(values[0]) == len(values) else None
 
 
 def write_at(buffer: Tensor, values: Tensor, start: Tensor, lengths: Tensor | None) -> Tensor:
     """Write `values[b, :lengths[b]]` at places `start[b] ...` of row b (all of them if None).
 
     buffer [B, C, ...], values [B, T, ...], start Int [B] -> [B, C, ...]. The caller makes sure that
-    they fit.
+    they fit; where rows stand together and all is written, a buffer that they fill may grow.
     """
     length = values.shape[1]
     values = values.to(buffer.dtype)
     if lengths is None and (place := common_value(start)) is not None:
-        if place == 0 and length == buffer.shape[1]:
-            return values
-        return torch.cat([buffer[:, :place], values, buffer[:, place + length :]], 1)
+        return _replaced(buffer, values, place)
     places = start[:, None] + torch.arange(length, device=buffer.device)
     return _scatter(buffer, values, places, lengths)
 
@@ -69,12 +67,24 @@ def write_ring(ring: Tensor, values: Tensor, start: Tensor, lengths: Tensor | No
     size, length = ring.shape[1], values.shape[1]
     if lengths is None and length > size:
         values, start, length = values[:, -size:], start + (length - size), size
+    if lengths is None and (first := common_value(start)) is not None:
+        place = first % size
+        if place + length <= size:
+            return _replaced(ring, values.to(ring.dtype), place)
     index = torch.arange(length, device=ring.device)
     places = (start[:, None] + index) % size
     if lengths is not None and length > size:
         overwritten = index < lengths[:, None] - size
         places = torch.where(overwritten, size, places)
     return _scatter(ring, values.to(ring.dtype), places, lengths)
+
+
+def _replaced(buffer: Tensor, values: Tensor, place: int) -> Tensor:
+    """The buffer with `values` at `place` and behind it, in every row; longer if they end behind
+    it."""
+    parts = [buffer[:, :place], values, buffer[:, place + values.shape[1] :]]
+    parts = [part for part in parts if part.shape[1]]  # the gradient of an empty one is a whole one
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _scatter(buffer: Tensor, values: Tensor, places: Tensor, lengths: Tensor | None) -> Tensor:

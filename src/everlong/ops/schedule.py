@@ -94,6 +94,28 @@ def schedule(gates: Gates) -> Rows:
     return Rows(into, -pairs, -drift, moved[..., width:], moved[..., :width])
 
 
+def last(gates: Gates) -> Rows:
+    """`schedule` at the last position alone (Q = 1), from products of what is behind a position."""
+    keep, write, momentum = gates.keep, gates.write, gates.momentum
+    product = keep.flip(-1).cumprod(-1)
+    into = product[..., None, -1:]
+    fade = F.pad(product[..., :-1], (1, 0), value=1.0).flip(-1)[..., None, :]  # behind a position
+    if momentum is None:
+        return Rows(into, -fade @ write)
+    later = torch.ones_like(write[..., : keep.shape[-1]], dtype=torch.bool).tril(-1)
+    # what is left at position s of a push at j
+    left = torch.where(later, momentum[..., None], 1.0).cumprod(-2).tril()
+    pushed, first = fade @ left, momentum[..., :1, None]
+    final = left[..., -1:, :]
+    return Rows(
+        into,
+        -pushed @ write,
+        -first * pushed[..., :1],
+        first * final[..., :1],
+        final @ write,
+    )
+
+
 def _recur(decay: Tensor, drive: Tensor, start: tuple[int, ...]) -> Tensor:
     """h_t = decay_t h_{t-1} + drive_t in each chunk; h_0 is 1 in the columns `start`, else 0."""
     rows, width = drive.flatten(0, 1), drive.shape[-1]

@@ -28,18 +28,24 @@ def spans(position: Tensor, length: int, lengths: Tensor | None, period: int) ->
     Of row b the first `lengths[b]` positions are real (None: all). Where no row has any left, the
     spans end: behind them, or in a call that is masked throughout, nothing is to be read.
     """
-    start = 0
+    places = [each % period for each in position.tolist()]
+    left = None if lengths is None else lengths.tolist()
+    start, inside = 0, None
     while start < length:
-        room = period - position % period
-        if lengths is None:
-            step = min(length - start, int(room.min()))
-            moved, inside = torch.full_like(position, step), None
+        room = [period - place for place in places]
+        if left is None:
+            step = min(length - start, *room)
+            moved = [step] * len(room)
         else:
-            left = (lengths - start).clamp(min=0)
-            if not bool(left.any()):
+            if not any(left):
                 return
-            step = min(length - start, int(room[left > 0].min()))
-            moved = inside = left.clamp(max=step)
-        full = moved == room
-        yield Span(start, start + step, inside, full if bool(full.any()) else None)
-        position, start = position + moved, start + step
+            waits = (space for space, more in zip(room, left, strict=True) if more)
+            step = min(length - start, *waits)
+            moved = [min(more, step) for more in left]
+            left = [more - read for more, read in zip(left, moved, strict=True)]
+            inside = position.new_tensor(moved)
+        full = [read == space for read, space in zip(moved, room, strict=True)]
+        ends = torch.tensor(full, device=position.device) if any(full) else None
+        yield Span(start, start + step, inside, ends)
+        places = [(place + read) % period for place, read in zip(places, moved, strict=True)]
+        start += step

@@ -128,6 +128,9 @@ class RMT(SegmentMemory):
         full: Tensor | None,
         trace: Trace | None,
     ) -> tuple[Tensor, State]:
+        if full is None and all(place % self.period for place in state["position"].tolist()):
+            y, layers = self.core(x, state["layers"], trace=trace, lengths=lengths)
+            return y, {**state, "layers": layers}  # tokens alone
         segment, count = state["segment"], state["position"] // self.period
         memory, begins = segment["memory"], beginning(state, self.period, lengths)
         read = memory

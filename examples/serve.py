@@ -160,12 +160,12 @@ def main() -> None:
 
     from everlong.cli.runs import open_run
 
-    run = open_run(given.run)
     try:
+        run = open_run(given.run)
         batcher = Batcher(run.model, run.bos, given.sessions, Limits())
-    except Refused as refusal:
-        sys.exit(str(refusal))
-    server = Server((given.host, given.port), batcher, run.tokenizer)
+        server = Server((given.host, given.port), batcher, run.tokenizer)
+    except (Refused, ValueError, OSError, OverflowError) as error:
+        sys.exit(f"serve: {error}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"serving {given.run} at http://{given.host}:{server.server_port}", file=sys.stderr)

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, Phase, settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # float64 sums in one order; xdist fills the cores
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests share `laws.cases` and `laws.checks`
+from supports import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401
+
 for _name in ("cases", "streams", "rows", "bounds", "replays", "numbers", "honesty"):
     pytest.register_assert_rewrite(f"laws.{_name}")
 

@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 ROOMS = ("mixers", "segments")
+LARGEST = 2**31 - 1  # size of anything: products of two are numbers that torch can take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,9 @@ def build_config(entry: Entry, options: Mapping[str, Any]) -> Any:
         raise ValueError(f"{entry.name} needs {', '.join(missing)}")
     options = {key: _spelled(entry.config, key, value) for key, value in options.items()}
     check_types(entry.config, options, entry.name)
+    for key, value in options.items():
+        if type(value) is int and abs(value) > LARGEST and key != "seed":  # no size
+            raise ValueError(f"{entry.name}: {key} is {value}: give at most {LARGEST}")
     return entry.config(**options)
 
 

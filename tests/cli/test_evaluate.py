@@ -9,7 +9,7 @@ WIKI = " \n = Whale = \n \n The <unk> whale @-@ bone swam . \n"
 
 
 def test_tasks_are_a_table_and_json_with_where_it_comes_from(tiny_run, call, tmp_path):
-    file = tmp_path / "found" / "tasks.json"
+    file = tmp_path / "tasks.json"
     words = ["--task", "needle_sing*", "--task", "mqar", "--task", "updates"]
     code, out, err = call(
         "evaluate", tiny_run, *words, "--length", 64, "--length", 600, "--samples", 12, "--seed", 1,
@@ -53,6 +53,7 @@ def test_language_and_a_corpus_report_every_measure(tiny_run, call, tmp_path):
     assert "over 14 words (counted here)" in out
     binary = tmp_path / "binary"
     binary.write_bytes(b"\0\xff" * 20)
+    file = tmp_path / "binary.json"
     code, out, _ = call("evaluate", tiny_run, "--text", binary, "--json", file)
     assert code == 0
     assert " a word" not in out
@@ -73,3 +74,17 @@ def test_what_cannot_be_asked_is_refused_in_a_line(tiny_run, refused, tmp_path):
         (["--task", "enwik8", "--text", tmp_path], "holds no enwik8"),
     ):
         assert message in refused("evaluate", tiny_run, *words)
+
+
+@pytest.mark.parametrize("option", ["--json", "--surprise"])
+def test_nothing_is_written_over_and_nothing_is_left_of_a_failure(
+    tiny_run, refused, tmp_path, option
+):
+    text = tmp_path / "text"
+    text.write_text("read me")
+    line = refused("evaluate", tiny_run, "--text", text, option, text)
+    assert "text exists: give a new file" in line
+    assert text.read_text() == "read me"
+    refused("evaluate", tiny_run, "--text", tmp_path / "gone", option, tmp_path / "found")
+    assert not (tmp_path / "found").exists()
+    assert "cannot be written" in refused("evaluate", tiny_run, option, tmp_path / "no" / "found")

@@ -222,6 +222,15 @@ def everlong_main(*words):
     return main([str(word) for word in words])
 
 
+def test_a_token_cannot_end_the_data():
+    """A tokenizer's token may be a whole tag."""
+    found = inspect_stream(small_model("memformer"), ids_of(b"ab"), 8, tokens=2, segments=1)
+    bad = "</script><script>"
+    html = page(found, [bad, bad], About("m", "k", {"run": bad}, "made"), {})
+    assert html.count("</script>") == 2
+    assert data_of(html)["tokens"] == [bad, bad]
+
+
 def test_a_page_holds_all_and_needs_nothing(hostile):
     file, text = hostile
     html, length = file.read_text("utf-8"), len(text.read_bytes()) + 1
@@ -302,7 +311,7 @@ def test_what_cannot_be_inspected_is_one_line(refused, tiny_run, tmp_path):
     assert "one file" in refused("inspect", tiny_run, "--text", "sotu")
     assert "--text" in refused("inspect", tiny_run)
     assert "--tokens is 0" in refused("inspect", tiny_run, "--text", text, "--tokens", 0)
-    assert "--out another file" in refused(
+    assert "give another file" in refused(
         "inspect", tiny_run, "--text", text, "--out", tmp_path / "no" / "page.html"
     )
     out.write_text("mine")

@@ -161,25 +161,34 @@ def test_the_replay_benchmark_prints_a_table_and_writes_it(call, tmp_path, monke
     assert {file.name for file in tmp_path.iterdir()} == {"replay.json", "replay.png"}
 
 
-def test_the_cost_benchmark_prints_a_table_and_writes_it(call, tmp_path, monkeypatch):
+def test_the_cost_benchmark_prints_tables_and_writes_them(call, tmp_path, monkeypatch):
     from everlong.evaluation import cost_bench
 
-    sizes = {"hidden_size": 16, "num_heads": 2, "lengths": (4, 16), "unbounded_length": 4}
-    small = partial(cost_bench.CostRun, rounds=1, least=1, decoded=1, **sizes)
+    sizes = {"hidden_size": 16, "num_heads": 2, "lengths": (4, 8), "unbounded_length": 4}
+    more = {"replayed": (16,), "positions": (16, 24), "segment": 8, "size": "small", "matmul": 32}
+    model = {"parameters": 30_000, "model_layers": 1, "model_length": 4}
+    times = {"rounds": 1, "least": 1, "decoded": 1, "pairs": 1, "near": 4}
+    small = partial(cost_bench.CostRun, **sizes, **more, **model, **times)
     monkeypatch.setattr(cost_bench, "CostRun", small)
     words = ("bench", "cost", "rmt", "attention", "--device", "cpu", "--out", tmp_path)
-    code, out, err = call(*words)
+    code, out, err = call(*words, "--patience", "0")
     assert code == 0, err
-    assert "1 of 1" in err
-    lines = [line.split() for line in out.splitlines()]
-    assert [line[0] for line in lines[1:5]] == ["rmt", "forward", "attention", "forward"]
+    assert "attention: 2 of 2" in err
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 160
+    assert [line.split()[0] for line in lines[:6]] == ["memory", "rmt", "attention"] * 2
+    assert "left out: rmt, decode 24: patience of 0.0 s was over after 16 tokens" in out
+    assert "decoding far over decoding near, " in out
+    assert "bounded memories at twice the length: read " in out
     assert "processor time on cpu" in out
-    assert {file.name for file in tmp_path.iterdir()} == {"cost.json", "cost.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"cost", "cost.json", "cost.png"}
 
 
 def test_the_scans_are_timed_beside_their_peers(call, tmp_path, monkeypatch):
+    from everlong.cli import cost
     from everlong.evaluation import cost_peers
 
+    monkeypatch.setattr(cost, "_bench_models", lambda *words: None)
     sizes = {"length": 8, "num_heads": 1, "head_size": 4}
     small = partial(cost_peers.PeersRun, rounds=1, threads=(1,), **sizes)
     monkeypatch.setattr(cost_peers, "PeersRun", small)

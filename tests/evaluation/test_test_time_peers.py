@@ -198,7 +198,8 @@ def test_a_missing_extra_is_one_line_that_names_it(monkeypatch):
 
 
 def _command(monkeypatch, out: Path) -> None:
-    """`bench cost --peers` without the scans."""
+    """`bench cost --peers` without the scans and the whole models."""
+    monkeypatch.setattr(cost, "_bench_models", lambda *words: None)
     monkeypatch.setattr(cost_peers, "measure", lambda *args: [])
     monkeypatch.setattr(test_time_peers, "LearnersRun", lambda: TINY)
     monkeypatch.setattr(torch, "set_flush_denormal", lambda on: True)

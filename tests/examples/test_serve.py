@@ -248,6 +248,26 @@ def test_limits_and_old_or_foreign_sessions_are_refused_clearly(examples, model,
         assert "another model" in answer["error"]
 
 
+def test_a_session_that_is_served_is_not_removed(examples, model, tmp_path, monkeypatch):
+    reading, go_on = threading.Event(), threading.Event()
+    stream = model.body_stream
+
+    def slow(*inputs):
+        reading.set()
+        assert go_on.wait(60)
+        return stream(*inputs)
+
+    monkeypatch.setattr(model, "body_stream", slow)
+    with serving(examples, model, tmp_path) as ask, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, "POST", "a", {"text": "x", "max_new_tokens": 1})
+        assert reading.wait(60)
+        told, answer = ask("DELETE", "a")
+        go_on.set()
+        assert (told, "being served" in answer["error"]) == (409, True)
+        assert asked.result()[0] == 200
+        assert ask("DELETE", "a")[0] == 200
+
+
 def test_a_folder_has_one_server(examples, model, tmp_path):
     _, sessions = examples
     refused = pytest.raises(sessions.Refused, match="another server uses")

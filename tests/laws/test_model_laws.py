@@ -43,6 +43,7 @@ def model_case(name: str) -> Case:
     return Case(name, make, VOCABULARY, tokens=True, bounded=bounded)
 
 
+@pytest.mark.supports("model law {law}")
 @pytest.mark.parametrize("law", MODEL_LAWS)
 @pytest.mark.parametrize("name", MODELS)
 def test_model_obeys(name, law, tmp_path):

@@ -56,6 +56,7 @@ def wrap_case(name: str) -> Case:
     return (Calm if memory == "armt" else Case)(name, make, VOCABULARY, tokens=True)
 
 
+@pytest.mark.supports("extend law {law}")
 @pytest.mark.parametrize(("name", "law"), CHECKS)
 def test_wrapped_model_obeys(name, law, tmp_path):
     check(law, wrap_case(name), tmp_path)

@@ -8,6 +8,7 @@ from models.hub_models import close, every_model, make_model, tokens
 peft = pytest.importorskip("peft")
 
 
+@pytest.mark.supports("LoRA")
 @every_model
 def test_adapters_learn_alone_merge_and_are_saved(name, tmp_path):
     model, ids = make_model(name), tokens(2, 18)

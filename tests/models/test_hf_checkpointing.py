@@ -40,11 +40,23 @@ def compare(model, ids):
     assert recomputed[2] < 0.75 * plain[2], "activations must not be held"
 
 
+@pytest.mark.supports("gradient checkpointing")
 @every_model
 def test_every_memory_is_recomputed(name):
     compare(make_model(name, dropout=0.2).train(), tokens(2, 14))
 
 
+def test_every_second_layer_alone_can_be_recomputed():
+    ids, held = tokens(2, 14), []
+    for options in (None, {"every_n_layers": 2}, {}):
+        model = make_model("gated_deltanet", num_layers=4).train()
+        if options is not None:
+            switch(model, **options)
+        held.append(read(model, ids)[2])
+    assert held[0] > held[1] > held[2]
+
+
+@pytest.mark.supports("extend: gradient checkpointing", of="{memory}, {backbone}")
 @pytest.mark.parametrize("memory", ["rmt", "memformer", "hmt"])
 @pytest.mark.parametrize("backbone", ["gpt2", "gemma3"])
 def test_a_pretrained_decoder_is_recomputed(backbone, memory):

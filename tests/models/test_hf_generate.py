@@ -237,6 +237,7 @@ def known(options):
     return all(key in extra or hasattr(GenerationConfig(), key) for key in options)
 
 
+@pytest.mark.supports("works: {option}", of="generate, {model}")
 @pytest.mark.parametrize("option", WORKS)
 def test_an_option_says_with_the_state_what_it_says_without(model, plain, option):
     options, holds = WORKS[option]
@@ -250,6 +251,7 @@ def test_an_option_says_with_the_state_what_it_says_without(model, plain, option
     assert holds(said(result), plain), said(result)
 
 
+@pytest.mark.supports("refused: {option}", of="generate, {model}")
 @pytest.mark.parametrize("option", REFUSED)
 def test_an_option_that_cannot_work_is_refused(model, option):
     options, message = REFUSED[option]

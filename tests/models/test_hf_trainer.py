@@ -173,6 +173,8 @@ def test_what_it_cannot_train_with_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="compute_loss_func: leave it out"):
         make(segment_length=4, compute_loss_func=lambda *_, **__: None)
     smooth = arguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="neftune_noise_alpha"):
+        make(segment_length=4, args=arguments(tmp_path, neftune_noise_alpha=5.0))
     with pytest.raises(ValueError, match="label_smoothing_factor: leave it out"):
         make(segment_length=4, args=smooth)
     batch = {key: row[None] for key, row in rows()[0].items()}
@@ -199,6 +201,34 @@ def test_a_label_behind_padding_is_no_target():
     whole = torch.cat([each["targets"] for each in module.segments(batch, 4)], 1)
     assert whole[0, :2].tolist() == [-100, -100]
     assert torch.equal(whole[:, 2:-1], batch["labels"][:, 3:])
+
+
+@pytest.mark.parametrize("kind", [Trainer, everlong.ReplayTrainer])
+def test_the_side_of_the_padding_changes_nothing(kind, tmp_path):
+    found = {}
+    for left in (0, 3):
+        ids = torch.randint(5, (4, 9), generator=torch.Generator().manual_seed(1))
+        sides = (left, 3 - left)
+        padded = [torch.nn.functional.pad(row, sides) for row in ids]
+        mask = torch.nn.functional.pad(torch.ones(9, dtype=torch.long), sides)
+        data = [
+            {"input_ids": row, "attention_mask": mask, "labels": row.masked_fill(mask == 0, -100)}
+            for row in padded
+        ]
+        given = {"gradient_accumulation_steps": 2}
+        trainer = kind(build(), arguments(tmp_path, **given), train_dataset=data, eval_dataset=data)
+        before = trainer.evaluate()["eval_loss"]
+        found[left] = before, trainer.train().training_loss
+    assert found[0] == pytest.approx(found[3], rel=1e-5)
+
+
+def test_a_half_precise_training_is_trainer_s(tmp_path):
+    kinds = (Trainer, everlong.ReplayTrainer)
+    found = [Seen(kind, build().float(), tmp_path, bf16=True) for kind in kinds]
+    assert found[0].losses == pytest.approx(found[1].losses, rel=1e-2)
+    exact = Seen(everlong.ReplayTrainer, build().float(), tmp_path)
+    assert found[1].losses != exact.losses, "autocast was on"
+    assert found[1].trainer.model.training
 
 
 _PROCESS = """

@@ -67,6 +67,7 @@ def check_logits(model, result, mask=None):
         close(logits, reread(model, prefix, seen))
 
 
+@pytest.mark.supports("generate: greedy")
 @every_model
 def test_greedy_with_the_state_is_greedy_without(name):
     model, ids = make_model(name), tokens(2, 6)
@@ -77,6 +78,7 @@ def test_greedy_with_the_state_is_greedy_without(name):
     assert (short - result.logits[-1]).abs().max() > 1e-3, "the past must matter"
 
 
+@pytest.mark.supports("generate: sampling")
 @every_model
 def test_sampling_with_the_state_is_sampling_without(name):
     model, ids, answers = make_model(name), tokens(2, 5), []
@@ -91,6 +93,7 @@ def test_sampling_with_the_state_is_sampling_without(name):
     check_logits(model, answers[0])
 
 
+@pytest.mark.supports("generate: beams")
 @every_model
 def test_beam_search_with_the_state_is_beam_search_without(name):
     model, reordered = make_model(name, eos_token_id=EOS), False
@@ -108,6 +111,7 @@ def test_beam_search_with_the_state_is_beam_search_without(name):
     assert reordered, "without a reorder nothing is tested"
 
 
+@pytest.mark.supports("generate: left padding")
 @every_model
 def test_left_padded_rows_say_what_they_say_alone(name):
     model = make_model(name)
@@ -122,6 +126,7 @@ def test_left_padded_rows_say_what_they_say_alone(name):
     assert torch.equal(again.sequences[:, 7:], result.sequences[:, 7:])
 
 
+@pytest.mark.supports("generate: resumed")
 @every_model
 def test_resuming_is_one_shot(name):
     model = make_model(name)
@@ -136,6 +141,7 @@ def test_resuming_is_one_shot(name):
     close(torch.stack(second.logits), torch.stack(whole.logits[4:]))
 
 
+@pytest.mark.supports("generate: from a state")
 @every_model
 def test_a_state_continues_with_new_tokens_alone(name):
     """The prompt is never shown again: what a stream of unlimited length needs."""
@@ -148,6 +154,7 @@ def test_a_state_continues_with_new_tokens_alone(name):
     close(torch.stack(result.logits), torch.stack(whole.logits))
 
 
+@pytest.mark.supports("generate: each token once")
 @every_model
 def test_every_token_is_read_once_and_the_cache_does_not_grow(name):
     model, read = make_model(name), []
@@ -224,6 +231,7 @@ def test_a_finished_row_is_padded_and_the_others_go_on():
     assert (result == PAD).any()
 
 
+@pytest.mark.supports("generate: prompt in chunks")
 @every_model
 def test_a_prompt_may_be_read_in_chunks(name):
     model = make_model(name)

@@ -104,6 +104,7 @@ def test_segments_are_read_alone_without_a_memory(backbone):
     close(everlong.extend(base, "no_memory", segment_length=4)(ids).logits, wanted)
 
 
+@pytest.mark.supports("extend: reaches back", of="{memory}, {backbone}")
 @pytest.mark.parametrize("memory", ["rmt", "armt", "memformer"])
 @every_backbone
 def test_a_memory_reaches_across_the_segments(backbone, memory):
@@ -185,6 +186,7 @@ def test_train_memory_trains_the_memory_alone(memory):
     assert all(each.requires_grad for each in base.parameters())
 
 
+@pytest.mark.supports("extend: replay", of="{memory}, gpt2")
 @pytest.mark.parametrize("memory", ["rmt", "memformer"])
 def test_replay_is_bptt_through_an_extended_model(memory):
     model, ids = make("gpt2", memory, gate=0.0 if memory == "memformer" else 0.7), ids_of(2, 12)
@@ -239,6 +241,7 @@ def test_adapters_and_memory_train_together(first, tmp_path):
 # files
 
 
+@pytest.mark.supports("extend: saved", of="{memory}, {backbone}")
 @pytest.mark.parametrize("memory", ["rmt", "memformer"])
 @every_backbone
 def test_saving_and_loading_changes_nothing(backbone, memory, tmp_path):
@@ -296,6 +299,7 @@ def generate(model, ids, steps=9, **options):
     return model.generate(ids, max_new_tokens=steps, return_dict_in_generate=True, **options)
 
 
+@pytest.mark.supports("extend: greedy", of="{memory}, {backbone}")
 @every_backbone
 @pytest.mark.parametrize("memory", ["rmt", "memformer"])
 def test_greedy_is_a_loop_by_hand(backbone, memory):
@@ -308,6 +312,7 @@ def test_greedy_is_a_loop_by_hand(backbone, memory):
     assert torch.equal(result.sequences, seen)
 
 
+@pytest.mark.supports("extend: left padding", of="rmt, {backbone}")
 @every_backbone
 def test_left_padded_rows_say_what_they_say_alone(backbone):
     model, ids = make(backbone, "rmt"), ids_of(3, 7)
@@ -319,6 +324,7 @@ def test_left_padded_rows_say_what_they_say_alone(backbone):
         close(torch.stack(alone.logits)[:, 0], torch.stack(result.logits)[:, row])
 
 
+@pytest.mark.supports("extend: beams and samples", of="{memory}, llama")
 @every_memory
 def test_beams_and_samples_with_the_state_are_those_without(memory):
     model, ids = make("llama", memory), ids_of(2, 5)
@@ -331,6 +337,7 @@ def test_beams_and_samples_with_the_state_are_those_without(memory):
         assert torch.equal(*found)
 
 
+@pytest.mark.supports("extend: the state never grows", of="{memory}, {backbone}")
 @every_memory
 @pytest.mark.parametrize("backbone", ["gpt2", "gemma3"])
 def test_the_state_never_grows(backbone, memory):

@@ -171,8 +171,15 @@ def test_what_there_are_too_few_of_is_said(monkeypatch):
     with pytest.raises(ValueError, match="90 have 2 digits: raise digits"):
         make(replace(config, digits=2, num_candidates=90), 0, 0)
     monkeypatch.setattr(word_counts, "COINED", 100)
-    with pytest.raises(ValueError, match="length is 4096: the list needs more than the 100"):
+    with pytest.raises(ValueError, match="there are 100 words, which end before 4096 tokens"):
         text_task("common_words").item(4096, 0, 0)
+
+
+def test_prose_holds_no_numbers():
+    item = text_task("passkey")
+    config = replace(item.config, length=60_000, digits=2, filler="prose")
+    prompt = item.make_item(config, 0, 0).prompt
+    assert len(re.findall(r"[0-9]+", prompt)) == 1
 
 
 def test_fillers():
@@ -206,7 +213,8 @@ def test_updates_say_what_is_stale_and_what_was_erased():
     task = text_task("updates")
     for index, group in enumerate(updates.GROUPS):
         item = task.item(1200, 1, index)
-        assert item.group == group
+        ages = updates.GROUPS[:4]  # that of the text, which may be the next to that drawn
+        assert item.group == group or {item.group, group} <= set(ages)
         roles = Counter(item.role(word) for word in item.candidates)
         assert roles["unseen"] == 4
         assert roles["other"] == 3

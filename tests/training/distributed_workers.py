@@ -43,7 +43,15 @@ LEARNED_START = "replay of a learned start"
 CASES = (*HORIZONS, LEARNED_START)
 TITANS = {"segment": None, "layers": ["titans"], "mixers": {"titans": memory_entry("titans").small}}
 SMOKE = [
-    *("smoke", "--device", "cpu", "--set", "twin=false", "--set", "train.schedule=constant"),
+    *(
+        "smoke",
+        "--device",
+        "cpu" if torch.cuda.is_available() else "auto",
+        "--set",
+        "twin=false",
+        "--set",
+        "train.schedule=constant",
+    ),
     *("--set", "model.num_layers=1", "--set", "train.checkpoint_every=2"),
     *("--set", "train.eval_every=2", "--set", "data.validation=0.001"),
 ]

@@ -91,6 +91,23 @@ def test_keeps_the_last_ones(tmp_path, model, parts):
     assert checkpoints.latest(tmp_path).name == "checkpoint-00000015"
 
 
+def test_a_checkpoint_that_lies_elsewhere_is_left_there(tmp_path, model, parts):
+    for step in (1, 2):
+        checkpoints.save(tmp_path / "run", step, model, parts)
+    link, elsewhere = checkpoints.folder(tmp_path / "run", 1), tmp_path / "elsewhere"
+    link.rename(elsewhere)
+    link.symlink_to(elsewhere)
+    checkpoints.save(tmp_path / "run", 3, model, parts, keep=1)
+    assert checkpoints.steps(tmp_path / "run") == [3]
+    assert (elsewhere / "manifest.json").exists()
+
+
+def test_the_card_of_a_checkpoint_is_its_reader_s(tmp_path, model, parts):
+    path = checkpoints.save(tmp_path, 1, model, parts)
+    (path / "README.md").write_text("license: mine")
+    checkpoints.verify(path)
+
+
 def test_no_checkpoint_is_said_so(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint to resume from"):
         checkpoints.latest(tmp_path)

@@ -88,6 +88,7 @@ def test_a_step_exchanges_once(launched, case):
     assert shares == [own] + [own | {"_allgather_base_": 1}] * (ROLLOUTS - 1)
 
 
+@pytest.mark.supports("DistributedDataParallel in a loop of one's own", of="memformer")
 def test_ddp_in_a_loop_of_ones_own(launched):
     folder, found = launched
     assert [each["gradients"]["rounds"] for each in found] == [
@@ -125,6 +126,7 @@ def test_only_the_first_process_prints(launched):
     assert all("bits per byte" in said for said in first["said"])
 
 
+@pytest.mark.supports("a run on 1, then 2 processes; 2, then 1; in shares", of="memformer")
 @pytest.mark.parametrize("name", ["one", "two", "shares"])
 def test_a_run_on_other_numbers_of_processes_is_the_same_run(launched, name):
     folder = launched[0]
@@ -186,6 +188,7 @@ def test_a_single_number_cannot_be_shared():
         distributed.Sharded(model, torch.device("cpu"))
 
 
+@pytest.mark.supports("started anew by torchrun after a SIGKILL, to the same bits", of="memformer")
 @pytest.mark.benchmark  # four processes and two starts of each: half a minute
 def test_torchrun_starts_anew_and_the_run_has_the_same_bits(brief, tmp_path):
     script = Path(workers.__file__)

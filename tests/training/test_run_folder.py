@@ -65,6 +65,14 @@ def test_a_run_killed_before_its_first_checkpoint_is_started_again(tmp_path):
     assert json.loads((run_dir / "config.json").read_text())["format"] == "everlong.run"
 
 
+@pytest.mark.parametrize("line", [b"5", b"[]", b'{"a": 1}', b"\xff", b"{"])
+def test_a_damaged_line_of_metrics_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(UserError, match="metrics.jsonl is damaged: .*remove that line"):
+        run.read_metrics(path)
+
+
 def test_only_our_leftovers_are_removed(tmp_path):
     ours = (".checkpoint-00000002.part", ".checkpoint-00000000.gone.part", ".model.part")
     foreign = (".backup.part", ".modelling.part", ".checkpoint-best.part", ".model")

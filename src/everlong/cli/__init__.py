@@ -29,6 +29,10 @@ _BENCHES = {
     "mixture": "Mixture-of-Memories: what it keeps at equal cost and at equal bytes of state.",
     "language": "Every memory on a text at equal parameters: bits per byte, bytes of state.",
     "cost": "Every memory's time a token and bytes of state against stream length.",
+    "training": "Training of models of width 512 against the peak of the machine's products.",
+    "decoding": "Tokens a second against the time the weights take to be read, and a long cache.",
+    "reliability": "How often everlong breaks: cuts, odd input, kills, a soak, damaged files.",
+    "memformer": "What the Memformer paper claims, measured here again, part by part.",
 }
 
 
@@ -88,6 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_for_the_user(error):
             raise
         return _say(_words(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_too_large(error):
+            raise
+        return _say("not enough memory for such sizes: make the model, segments or batch smaller")
 
 
 def _words(error: ValueError | OSError) -> str:
@@ -114,6 +122,13 @@ def _is_for_the_user(error: ValueError | OSError) -> bool:
     instruction = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]]
     module = trace.tb_frame.f_globals.get("__name__", "")
     return module.startswith("everlong.") and instruction == "RAISE_VARARGS"
+
+
+def _is_too_large(error: MemoryError | RuntimeError) -> bool:
+    """Whether memory was refused; torch says it in words, on accelerators by a class of its own."""
+    words = ("out of memory", "can't allocate memory", "size calculation overflowed")
+    words += ("integer multiplication overflow",)
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
 
 def _say(message: str, code: int = UserError.exit_code) -> int:

@@ -269,24 +269,30 @@ def language(
 def cost(
     *names: str,
     peers: Annotated[bool, Parameter(negative=())] = False,
+    patience: float = 120.0,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     out: Path = Path("runs/bench"),
 ) -> None:
-    """Time a token and bytes of state against stream length, memory by memory.
+    """Time, peak memory, FLOPs and bytes of state against stream length, memory by memory.
 
-    Each memory alone, width 256, 4 heads, default options, one stream, float32: reading, forward
-    and backward, and decoding, after 512 to 16,384 tokens.
+    Each memory alone, width 256, 4 heads, default options, one stream, float32: calls of 512 to
+    16,384 tokens read and trained, bounded ones trained to 65,536 by replay and decoding to
+    1,000,000; then as language models of equal parameters. What is finished in the folder is not
+    measured again. All of them take about an hour of one core.
 
     Parameters
     ----------
     names
         Memories from `everlong list`; all of them if left out.
     peers
-        Time the linear-time scans instead, beside their step-by-step forms and transformers' own.
+        Time scans, memories that learn at test time and whole models instead, beside those of
+        others: transformers, and what the extra `peers` brings.
+    patience
+        Seconds that a memory may read on for to reach 1,000,000 tokens; it decodes where it came.
     device
         Where it is measured: auto takes the best there is.
     out
-        The folder that cost.json and cost.png, or cost-peers.json, are written to.
+        The folder that cost.json and cost.png, or those of the peers, are written to.
     """
     from everlong.cli.cost import bench_cost, bench_peers, refuse_names
 
@@ -294,7 +300,114 @@ def cost(
         refuse_names(names)
         bench_peers(device, out, _say)
         return
-    bench_cost(names, device, out, _say)
+    bench_cost(names, device, patience, out, _say)
+
+
+def reliability(
+    *parts: Literal["cuts", "fuzz", "kills", "soak", "checkpoints"],
+    examples: int = 500,
+    cases: int = 10_000,
+    kills: int = 20,
+    tokens: int = 10_000_000,
+    damages: int = 1_300,
+    seed: int = 0,
+    out: Path = Path("runs/bench"),
+) -> None:
+    """Count how often everlong breaks; about half an hour of one core.
+
+    What is finished in the folder is read from there.
+
+    Parameters
+    ----------
+    parts
+        All of them if left out.
+    examples
+        Of random cuts, masks and resets, for each memory.
+    cases
+        Random recipes and command lines.
+    kills
+        SIGKILLs of a training, each resumed.
+    tokens
+        Of the stream that each of two models reads.
+    damages
+        To checkpoints, finished models and state files.
+    seed
+        Of all that is random.
+    out
+        The folder that reliability.json is written to, beside what is finished.
+    """
+    from everlong.cli.reliability import bench_reliability
+    from everlong.evaluation.reliability import ReliabilityRun
+
+    run = ReliabilityRun(examples, cases, kills, tokens, damages, seed)
+    bench_reliability(parts, run, out, _say)
+
+
+def memformer(
+    *parts: str,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    out: Path = Path("runs/bench"),
+) -> None:
+    """What the Memformer paper claims, measured here again (docs/memformer_paper.md).
+
+    What is finished in the folder is not measured again.
+
+    Parameters
+    ----------
+    parts
+        Of length, pixels, language, equal, roles; all of them if left out.
+    seeds
+        One training each, where a part trains; --seeds 0 --seeds 1 for two.
+    out
+        The folder that memformer.json is written to, beside what is finished.
+    """
+    from everlong.cli.memformer_claims import bench_memformer
+
+    bench_memformer(parts, seeds, out, _say)
+
+
+def decoding(
+    *names: str, threads: tuple[int, ...] = (1, 2), out: Path = Path("runs/bench")
+) -> None:
+    """Decoding of models of 30 million parameters, and of every bounded memory along its stream.
+
+    Against the time in which torch reads the weights once, and against Transformer-XL with a cache
+    of 1,600 tokens; batch 1, float32, on the processor.
+
+    Parameters
+    ----------
+    names
+        Models, such as memformer, rmt, gated_deltanet, titans; all of them if left out.
+    threads
+        Of torch, for the models; --threads 1 for processor time alone.
+    out
+        The folder that decoding.json is written to.
+    """
+    from everlong.cli.decoding import bench_decoding
+
+    bench_decoding(names, threads, out, _say)
+
+
+def training(
+    *names: str, threads: tuple[int, ...] = (1, 2), out: Path = Path("runs/bench")
+) -> None:
+    """How near training comes to the speed at which this machine multiplies matrices.
+
+    Whole steps of models of four layers and width 512, float32: forward, loss, backward by three
+    methods, optimiser. Processor time with one thread, the clock on the wall with more.
+
+    Parameters
+    ----------
+    names
+        Models, such as memformer, hybrid, titans; all of them if left out.
+    threads
+        Of torch; --threads 1 for processor time alone.
+    out
+        The folder that training-speed.json is written to.
+    """
+    from everlong.cli.training_speed import bench_training
+
+    bench_training(names, threads, out, _say)
 
 
 def _say(line: str) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 from cyclopts import Parameter
 
@@ -13,8 +13,8 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     run: Path,
     /,
     *,
-    task: tuple[str, ...] = ("language",),
-    length: tuple[int, ...] = (512, 2048),
+    task: Annotated[tuple[str, ...], Parameter(negative=())] = ("language",),
+    length: Annotated[tuple[int, ...], Parameter(negative=())] = (512, 2048),
     samples: int = 100,
     seed: int = 0,
     to_json: Annotated[Path | None, Parameter(name="--json")] = None,
@@ -40,18 +40,21 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     seed
         Of the items.
     to_json
-        Write all that was found to this file, with where it comes from.
+        Write all that was found to this new file, with where it comes from.
     text
         A packaged text, a file or a folder; the run's own validation text if left out.
     wipe
         Start fresh at every segment: the same weights without what they remember. Of "language".
     surprise
-        Write what each token cost to this file, one JSON object a line. Of "language".
+        Write what each token cost to this new file, one JSON object a line. Of "language".
     """
+    from dataclasses import asdict
+
     from everlong.cli.evaluate_tasks import evaluate_tasks, select
     from everlong.cli.runs import open_run
     from everlong.errors import UserError
     from everlong.evaluation.suite import Asked
+    from everlong.provenance import write_results
 
     texts, names = select(task)
     if (wipe or surprise) and (texts != ["language"] or names):
@@ -59,23 +62,29 @@ def evaluate(  # noqa: PLR0913 (each is an option of the command)
     if text is not None and not texts:
         raise UserError("--text is for language and the corpora: leave it out")
     asked = Asked(tuple(length), samples, seed)
-    opened = open_run(run)
-    rows = [_language(opened, name, text, wipe, surprise) for name in texts]
-    if names:
-        rows += evaluate_tasks(opened, names, asked)
-    if to_json is not None:
-        from dataclasses import asdict
+    with _new(to_json), _new(surprise) as out:
+        opened = open_run(run)
+        rows = [_language(opened, name, text, wipe, out) for name in texts]
+        if names:
+            rows += evaluate_tasks(opened, names, asked)
+        if to_json is not None:
+            options = {"run": str(run), "tasks": [*texts, *names], "text": text, "wipe": wipe}
+            config = {**options, **asdict(asked), "model": opened.model.config.to_dict()}
+            write_results(to_json, "everlong evaluate", config, rows=rows)
+        for path in filter(None, (to_json, surprise)):
+            print(f"written to {path}")
 
-        from everlong.provenance import write_results
 
-        options = {"run": str(run), "tasks": [*texts, *names], "text": text, "wipe": wipe}
-        config = {**options, **asdict(asked), "model": opened.model.config.to_dict()}
-        write_results(to_json, "everlong evaluate", config, rows=rows)
-        print(f"written to {to_json}")
+def _new(path: Path | None) -> Any:
+    from contextlib import nullcontext
+
+    from everlong.cli.outputs import new_file
+
+    return nullcontext() if path is None else new_file(path)
 
 
 def _language(
-    opened: Any, name: str, text: str | None, wipe: bool, surprise: Path | None
+    opened: Any, name: str, text: str | None, wipe: bool, surprise: TextIO | None
 ) -> dict[str, Any]:
     """Read, print, and the row."""
     from everlong.cli.final import LOOKS_AHEAD
@@ -91,7 +100,8 @@ def _language(
     seconds = time.perf_counter() - started
     tokens = sum(documents.lengths)
     score = TextScore(nats, tokens, documents.num_bytes, count_words(raw))
-    pieces = "contexts" if opened.recipe and opened.recipe.data.context else "documents"
+    piece = "context" if opened.recipe and opened.recipe.data.context else "document"
+    pieces = piece if len(documents) == 1 else f"{piece}s"
     print(
         f"{score.bits_per_byte:.4f} bits per byte"
         f"{' with the memory wiped at every segment' if wipe else ''}: "
@@ -167,24 +177,19 @@ def _segment_length(opened: Any) -> int:
 
 
 def _read(
-    opened: Any, documents: Any, wipe_every: int | None, surprise: Path | None
+    opened: Any, documents: Any, wipe_every: int | None, surprise: TextIO | None
 ) -> tuple[float, int]:
     """Nats of all documents, and the most bytes of state that one of them left."""
-    from contextlib import nullcontext
-
     from everlong.cli.reader import Reader
 
     reader, nats, largest = Reader(opened.model, opened.bos), 0.0, 0
-    # a file name that is not UTF-8 becomes JSON's own escapes: nothing of it is lost
-    file = surprise and surprise.open("w", encoding="utf-8", errors="backslashreplace")
-    with file or nullcontext() as out:
-        for document in documents:
-            reader.reset()
-            for index, costs, ids in reader.read_document(document, wipe_every):
-                nats += costs.double().sum().item()
-                if out is not None:
-                    out.writelines(_lines(document.name, index, ids, costs))
-            largest = max(largest, reader.num_bytes)
+    for document in documents:
+        reader.reset()
+        for index, costs, ids in reader.read_document(document, wipe_every):
+            nats += costs.double().sum().item()
+            if surprise is not None:
+                surprise.writelines(_lines(document.name, index, ids, costs))
+        largest = max(largest, reader.num_bytes)
     return nats, largest
 
 

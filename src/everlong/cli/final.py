@@ -1,5 +1,6 @@
 """What a finished training is worth: the table, the curves, and a passage continued."""
 
+import hashlib
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Results = dict[str, Any]
 LOOKS_AHEAD = " (looks ahead)"
+SUMS = "SHA256SUMS"
 STREAMED = (10, 1000)  # segments after which the bytes of state are measured
 _PASSAGE, _SHOWN, _CONTINUED = 4096, 160, 320  # tokens read before, shown of them, made
 _SLICE = 1 << 16  # tokens of a document read at a time
@@ -170,14 +172,26 @@ def continue_passage(model: Any, texts: "Texts") -> None:
     reader.continue_(out, seed=0, max_new_tokens=_CONTINUED, do_sample=True, temperature=0.8)
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Beside the weights, so that the folder is whole for transformers' Auto classes."""
+def finish(tokenizer: Any, folder: Path) -> None:
+    """Beside the weights the tokenizer, so that the folder is whole for transformers' Auto classes,
+    and the sums by which damaged weights are known (`sha256sum -c` reads them too)."""
     from everlong.models.tokenizer import byte_tokenizer
 
     try:
         (tokenizer or byte_tokenizer()).save_pretrained(folder)
+        lines = (f"{digest}  {name}\n" for name, digest in weight_sums(folder).items())
+        (folder / SUMS).write_text("".join(lines), "utf-8")
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def weight_sums(folder: Path) -> dict[str, str]:
+    """sha256 of every file of weights, by name."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def read_results(run_dir: Path) -> Results | None:

@@ -126,16 +126,17 @@ def _read_pipe(reader: Any, tokenizer: Any) -> None:
     """Read standard input to its end; a report every few seconds and one at the end."""
     from everlong.cli.reader import stream_ids
 
-    nats, count, reported = 0.0, 0, time.monotonic()
+    nats, count, told, reported = 0.0, 0, -1, time.monotonic()
     try:
         for ids, num_bytes in stream_ids(sys.stdin.buffer, tokenizer):
             nats += reader.read(ids).double().sum().item()
             count += num_bytes
             if time.monotonic() - reported >= _INTERVAL:
                 _report(nats, count, reader)
-                reported = time.monotonic()
+                told, reported = count, time.monotonic()
     finally:
-        _report(nats, count, reader)
+        if told != count:
+            _report(nats, count, reader)
 
 
 def _report(nats: float, count: int, reader: Any) -> None:

@@ -1,10 +1,8 @@
 """`everlong inspect`: a page of what a run's memory kept, overwrote and forgot of a text."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -34,6 +32,7 @@ def inspect(
     tokens
         How many of the first tokens are shown one by one; the rest is in the charts.
     """
+    from everlong.cli.outputs import new_file
     from everlong.cli.runs import open_run
     from everlong.errors import UserError
     from everlong.evaluation.inspection import inspect_stream
@@ -46,7 +45,7 @@ def inspect(
     length = opened.model.period if opened.model.period > 1 else opened.segment_length or 256
     out = run / "inspect.html" if out is None else out
     started = time.perf_counter()
-    with _new_file(out) as file:
+    with new_file(out) as file:
         found = inspect_stream(opened.model, ids, length, tokens, _SEGMENTS)
         seconds = time.perf_counter() - started
         texts = token_texts(ids[: found.detailed], opened.tokenizer)
@@ -66,27 +65,6 @@ def _one_document(text: str) -> Any:
     if len(documents) > 1:
         raise UserError(f"{text} holds {len(documents)} documents: give --text one file")
     return documents
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[TextIO]:
-    """Opened before the long reading, so that no page is made in vain; gone if that fails."""
-    from everlong.errors import UserError
-
-    try:
-        file = path.open("x", encoding="utf-8", errors="backslashreplace")  # names are bytes
-    except FileExistsError as error:
-        raise UserError(f"{path} exists: give --out a new file") from error
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): give --out another file"
-        ) from error
-    try:
-        with file:
-            yield file
-    except BaseException:
-        path.unlink()
-        raise
 
 
 def _stream(opened: Any, raw: Any) -> tuple[Any, Any]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from everlong import EverlongConfig
 from everlong.errors import UserError
@@ -21,6 +20,7 @@ from everlong.tasks.text import (
     tokenize,
 )
 from everlong.training.config import TrainConfig, choose_device
+from everlong.training.distributed import group_of
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def twin_config(config: EverlongConfig, segment_length: int) -> EverlongConfig:
 
 def device_of(config: TrainConfig) -> torch.device:
     """Where a training would run; `UserError` for a device this machine lacks."""
-    return choose_device(config.device, PartialState(cpu=config.device == "cpu"))
+    return choose_device(config.device, group_of(config.device))
 
 
 _SHARED = (

@@ -19,6 +19,7 @@ from transformers.utils.logging import (
 from everlong.cli.final import SUMS, weight_sums
 from everlong.cli.prepare import load_tokenizer
 from everlong.errors import UserError
+from everlong.models.config import EverlongConfig
 from everlong.models.hub import EverlongForCausalLM, StreamForCausalLM
 from everlong.models.wrap import ExtendedConfig, ExtendedForCausalLM
 from everlong.recipes import Recipe
@@ -26,6 +27,9 @@ from everlong.tasks.text import BOS, VOCAB_SIZE
 from everlong.training import checkpoints
 from everlong.training.run import read_config
 
+# what parsers raise for nonsense, transformers' among them
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+_UNREADABLE += (SafetensorError,)
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # whole, or in several files
 
 
@@ -98,12 +102,15 @@ def _load(folder: Path) -> StreamForCausalLM:
     _check_sums(folder)
     try:
         kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
+        if kind not in (EverlongConfig.model_type, ExtendedConfig.model_type):
+            raise UserError(f"it is a plain {kind} model: give it a memory with everlong.extend")
         known = ExtendedForCausalLM if kind == ExtendedConfig.model_type else EverlongForCausalLM
+        _check_index(folder)
         with _only_errors():
             # otherwise it would unpickle a pytorch_model.bin where there are no safetensors
             given = {"use_safetensors": True, "output_loading_info": True}
             model, told = known.from_pretrained(folder, **given)
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} holds no model that can be read: {reason}") from error
     _check_kinds(model, folder)
@@ -128,6 +135,16 @@ def _check_sums(folder: Path) -> None:
             f"the weights in {folder} are damaged: they are not those written (where they were "
             f"changed on purpose, remove {SUMS})"
         )
+
+
+def _check_index(folder: Path) -> None:
+    """`ValueError` for a model in several files that are not files of its folder, or no weights."""
+    index = folder / _WEIGHTS[1]
+    if not index.exists():
+        return
+    for name in set(json.loads(index.read_bytes())["weight_map"].values()):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index.name} names {name}, which is no file of weights beside it")
 
 
 def _check_kinds(model: Any, folder: Path) -> None:

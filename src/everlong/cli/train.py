@@ -2,7 +2,7 @@
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -183,7 +183,10 @@ def _resumed(
             f"everlong.training.loop.train(..., resume={str(run_dir)!r})"
         )
     source = resume if run_dir != resume else checkpoints.latest(run_dir)
-    options = checkpoints.load(source)["config"]
+    options = checkpoints.load(source).get("config")
+    known = {field.name for field in fields(TrainConfig)}
+    if not isinstance(options, dict) or options.keys() - known:
+        raise UserError(f"{source} is damaged: it does not say how it was trained")
     for change in changes:
         options |= recipes.parse_change(change)["train"]
     if device is not None:
@@ -202,13 +205,11 @@ def _train(plan: Plan) -> None:
     """The model, then its twin if there is one, then what both are worth.
 
     Several processes train; the first then measures alone."""
-    from accelerate import PartialState
-
     from everlong.cli import final
     from everlong.cli.prepare import build, model_config, twin_config
-    from everlong.training.distributed import from_main, leave
+    from everlong.training.distributed import from_main, group_of, leave
 
-    group = PartialState(cpu=plan.config.device == "cpu")
+    group = group_of(plan.config.device)
     is_main, tokenizer = group.is_main_process, plan.texts.tokenizer
     run_dir = from_main(group, lambda: str(plan.run_dir))  # its name may be of another second
     plan = replace(plan, run_dir=Path(run_dir))
@@ -216,7 +217,7 @@ def _train(plan: Plan) -> None:
     plan = replace(plan, config=plan.config.for_model(model))
     _announce(plan, model)
     _loop(plan, model, "training")
-    from_main(group, lambda: final.save_tokenizer(tokenizer, plan.run_dir / "model"))
+    from_main(group, lambda: final.finish(tokenizer, plan.run_dir / "model"))
     twin = None
     if plan.recipe.twin:
         folder = plan.run_dir / "twin"
@@ -225,7 +226,7 @@ def _train(plan: Plan) -> None:
         twin = build(twin_config(model.config, plan.config.segment_length), plan.config.seed)
         beside = replace(plan, run_dir=folder, resume=folder if started else None)
         _loop(beside, twin, "its twin", plan.run_dir)
-        from_main(group, lambda: final.save_tokenizer(tokenizer, folder / "model"))
+        from_main(group, lambda: final.finish(tokenizer, folder / "model"))
     leave(group)
     if is_main:
         _measure(plan, model, twin)

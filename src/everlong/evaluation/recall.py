@@ -102,10 +102,10 @@ _TOY_OPTIONS: dict[str, Callable[[RecallConfig, RecallRun], int]] = {
 }
 
 
-def memory_subject(name: str, task: RecallConfig, run: RecallRun, **options: Any) -> Subject:
+def memory_subject(name: str, task: Any, run: Any, **options: Any) -> Subject:
     """A registered memory on the toy: two layers of it, or around two layers of attention.
 
-    Segments, caches and windows are as long as the task's segments.
+    Segments, caches and windows are as long as the task's segments; widths and slots are the run's.
     """
     entry = memory_entry(name)
     toy = {key: value(task, run) for key, value in _TOY_OPTIONS.items() if key in entry.fields}

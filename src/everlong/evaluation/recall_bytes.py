@@ -137,12 +137,14 @@ def measure_one(name: str, run: BytesRun, seed: int) -> Row:
     above the run's patience."""
     torch.set_flush_denormal(True)  # decayed states are full of them, and they cost 4-5 times
     mixture = Mixture(run)
-    model = build(memory_subject(name, mixture, run), mixture, run, seed).to(run.device)
-    if run.patience:
-        taken = _seconds(model, mixture, run, seed)
-        if taken > run.patience:
-            return {"left_out": taken}
-        model = build(memory_subject(name, mixture, run), mixture, run, seed).to(run.device)
+
+    def make() -> Any:
+        model: Any = build(memory_subject(name, mixture, run), mixture, run, seed)
+        return model.to(run.device)
+
+    if run.patience and (taken := _seconds(make(), mixture, run, seed)) > run.patience:
+        return {"left_out": taken}
+    model = make()
     started = time.perf_counter()
     batches = mixture.training(run, seed)
     fit(model, batches, run.length + 1, run.learning_rate, cycle=run.steps)

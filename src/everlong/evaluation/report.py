@@ -1,13 +1,13 @@
 """What a run looks like: its curves as a picture."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, ScalarFormatter
 
 from everlong.errors import UserError
 from everlong.training.run import read_metrics
@@ -117,40 +117,53 @@ def plot_recall(rows: Iterable[Mapping[str, Any]], chance: float, png: Path) -> 
     figure.savefig(png, dpi=120)
 
 
-def plot_cost(rows: Iterable[Mapping[str, Any]], clock: str, png: Path) -> None:
-    """Microseconds a token, by `clock`, against the tokens of a call: a line a memory, the dearest
-    first in the legend; left without gradients, right forward and backward."""
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault(row["name"], []).append(row)
-    order = sorted(lines, key=lambda name: -lines[name][-1][f"both_{clock}"])
-    lengths = sorted({row["length"] for points in lines.values() for row in points})
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, key, title in zip(
-        panels, ("forward", "both"), ("reading", "forward and backward"), strict=True
-    ):
-        for index, name in enumerate(order):
-            axes.plot(
-                [point["length"] for point in lines[name]],
-                [point[f"{key}_{clock}"] for point in lines[name]],
-                color=colormaps["tab20"](index % 20),
-                marker="osv^D<>Pp*X"[index % 11],
-                linewidth=1.2,
-                markersize=5,
-                label=name,
-            )
+def plot_cost(found: Sequence[Mapping[str, Any]], clock: str, png: Path) -> None:
+    """A line a memory, the dearest in training first in the legend: microseconds a token, by
+    `clock`, of reading, training and decoding against tokens of the stream, and training's peak.
+    What growing memories cost is dashed; dots are training by replay, and reading on in calls."""
+    cells = {memory["name"]: _by_kind(memory) for memory in found}
+    took = f"took_{clock}"
+    order = sorted(found, key=lambda memory: -cells[memory["name"]]["train"][-1][took])
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
+    word = {"cpu": "processor time", "wall": "wall clock"}[clock]
+    shown = (
+        (f"reading, us a token ({word})", took, 1.0, "read", "stream"),
+        ("forward and backward, us a token", took, 1.0, "train", "replay"),
+        ("decoding, us a token", took, 1.0, "decode", ""),
+        ("forward and backward, MB alive at the peak", "live_bytes", 1e6, "train", "replay"),
+    )
+    for axes, (title, key, unit, solid, dotted) in zip(panels, shown, strict=True):
+        lengths = set()
+        for index, memory in enumerate(order):
+            own = cells[memory["name"]]
+            style = {"color": colormaps["tab20"](index % 20), "linewidth": 1.2, "markersize": 4}
+            style["marker"] = "osv^D<>Pp*X"[index % 11]
+            line = "-" if memory["bounded"] else "--"
+            for kind, dashes in ((solid, line), (dotted, ":")):
+                points = own.get(kind, [])
+                label = memory["name"] if kind == solid else None
+                x, y = [row["length"] for row in points], [row[key] / unit for row in points]
+                axes.plot(x, y, dashes, label=label, **style)
+                lengths |= set(x)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.set_xlabel("tokens of one call")
+        ticks = sorted(lengths)
+        axes.set_xticks(ticks, [f"{length:,}" for length in ticks], rotation=30, fontsize=8)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_title(title, fontsize=10)
+        axes.set_xlabel("tokens", fontsize=8)
         axes.grid(alpha=0.3)
-    word = {"cpu": "processor time", "wall": "wall clock"}[clock]
-    panels[0].set_ylabel(f"microseconds a token ({word})")
-    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right center")
     figure.savefig(png, dpi=120)
+
+
+def _by_kind(memory: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in memory["rows"]:
+        kinds.setdefault(row["kind"], []).append(row)
+    return kinds
 
 
 def plot_hybrid(

@@ -15,7 +15,7 @@ from everlong.evaluation.asking import Reply, ask
 from everlong.evaluation.codec import Codec
 from everlong.evaluation.token_tasks import TOKEN_TASKS, share_right
 from everlong.registry import suggest
-from everlong.tasks.questions import list_tasks, text_task
+from everlong.tasks.questions import TooLong, list_tasks, text_task
 
 Row = dict[str, Any]
 _Z95 = NormalDist().inv_cdf(0.975)
@@ -83,7 +83,7 @@ def measure(
 
     Of a text task: task, length, group (None: all), samples, `exact` (said in greedy generation)
     and `ranked` (the answers are the likeliest candidates) with their intervals, `chance` of the
-    latter, `constant` (the share whose answers are the same: what one answer to all of them gets),
+    latter, `constant` (what the most frequent answer gets at the other items),
     `found` (mean share of the answers that are said), `first_by_role` (shares of the candidates
     ranked first), `trace_by_role` (nats above what the text does not hold), tokens and
     state_bytes. Of a token task: `exact` alone, the share of its targets. A length in which some
@@ -141,7 +141,11 @@ class _TextOf:
         replies: list[Reply] = []
         for indices in _batches(self.asked):
             place = length, self.asked.seed
-            items = [self.task.behind_bos(*place, index, self.count) for index in indices]
+            try:
+                items = [self.task.behind_bos(*place, index, self.count) for index in indices]
+            except TooLong as error:
+                yield row | {"group": None, "missing": str(error)}
+                return
             replies += ask(model, self.codec, items)
         yield row | _summary(None, replies)
         for group in self.task.groups if len(self.task.groups) > 1 else ():
@@ -153,6 +157,12 @@ class _TextOf:
 def _batches(asked: Asked) -> Iterator[range]:
     for start in range(0, asked.samples, asked.batch_size):
         yield range(start, min(start + asked.batch_size, asked.samples))
+
+
+def _constant(answers: Sequence[tuple[str, ...]]) -> float:
+    """How often the most frequent answer of the others is that of an item that has it."""
+    most = max(Counter(answers).values())
+    return (most - 1) / (len(answers) - 1) if len(answers) > 1 else 0.0
 
 
 def _summary(group: str | None, replies: Sequence[Reply]) -> Row:
@@ -171,7 +181,7 @@ def _summary(group: str | None, replies: Sequence[Reply]) -> Row:
         "ranked": ranked,
         "ranked_interval": wilson(ranked, count),
         "chance": fmean(reply.question.chance for reply in replies),
-        "constant": max(Counter(reply.question.answers for reply in replies).values()) / count,
+        "constant": _constant([reply.question.answers for reply in replies]),
         "found": fmean(reply.found for reply in replies),
         "first_by_role": {role: first.count(role) / len(first) for role in sorted(set(first))},
         "trace_by_role": {role: fmean(each) for role, each in sorted(traces.items())},

@@ -11,6 +11,7 @@ from everlong import registry
 
 # transformers' own keywords that resemble fields of ours
 _THEIRS = {"num_labels", "attn_implementation", "experts_implementation", "output_attentions"}
+_MOST_LAYERS = 1 << 16
 _BYTE_IDS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
 
 
@@ -106,6 +107,9 @@ class EverlongConfig(PreTrainedConfig):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            most = _MOST_LAYERS if name == "num_layers" else registry.LARGEST
+            if value > most:
+                raise ValueError(f"{name} is {value}: give at most {most}")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not divide into num_heads {self.num_heads}"
@@ -192,6 +196,6 @@ def _expand(item: Any) -> list[str]:
     name, star, times = item.partition("*")
     if not star:
         return [item]
-    if not times.strip().isdecimal() or int(times) < 1:
+    if not times.strip().isdecimal() or not 1 <= int(times) <= _MOST_LAYERS:
         raise ValueError(f"{item!r} in layers: behind the star stands a number, such as {name}*3")
     return [name.strip()] * int(times)

@@ -96,15 +96,21 @@ class StreamForCausalLM(StreamModel, PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             options = {key: kwargs[key] for key in _LOSS_OPTIONS if key in kwargs}
+            share, ignored = 1.0, options.get("ignore_index", _IGNORED)
             if mask is not None:
-                labels = _foretold(labels, mask, options.get("ignore_index", _IGNORED))
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **options)
+                asked, labels = labels, foretold(labels, mask, ignored)
+                if options.get("num_items_in_batch") is not None:  # which counts all labels
+                    share = share_foretold(asked, labels, ignored)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **options) / share
         held: Any = {CACHE_NAME: cache if use_cache else None}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **held)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
+        given = model_kwargs.get("attention_mask")
+        if given is not None and given.dim() == 2 and not given[:, -1].all():
+            raise ValueError("a row ends in padding: pad prompts on the left, padding_side='left'")
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(
@@ -251,10 +257,16 @@ def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
     return past_key_values if cache is None else cache
 
 
-def _foretold(labels: Tensor, mask: Tensor, ignored: int) -> Tensor:
-    """Labels without those right behind a masked position, which foretells nothing."""
-    behind = F.pad(~mask[:, :-1], (1, 0), value=False)
+def foretold(labels: Tensor, mask: Tensor, ignored: int = _IGNORED) -> Tensor:
+    """Labels [B, T] without those right behind a masked position, which foretells nothing."""
+    behind = F.pad(~mask.bool()[:, :-1], (1, 0), value=False)
     return labels.masked_fill(behind, ignored)
+
+
+def share_foretold(labels: Tensor, kept: Tensor, ignored: int = _IGNORED) -> Tensor:
+    """Of the labels that have a position before them, those that are kept; 1 where none is."""
+    every, found = ((each[:, 1:] != ignored).sum() for each in (labels, kept))
+    return torch.where(found > 0, found / every.clamp(min=1), 1.0)
 
 
 def _columns(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -173,7 +173,7 @@ class ExtendedForCausalLM(StreamForCausalLM, GenerationMixin):
         if any(".base_layer." in name for name, _ in self.named_parameters()):
             raise ValueError(
                 "adapters are inside the base model: merge them first (merge_and_unload of the "
-                "peft model), or put them on the extended model and save that peft model"
+                "peft model), or put them on a saved extended model and save them alone"
             )
         super().save_pretrained(*args, **kwargs)
 

@@ -141,7 +141,7 @@ def _read(source: str, seen: tuple[str, ...]) -> Table:
         )
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
         raise ValueError(f"{_origin(source)} is not valid TOML: {error}") from error
     _check(table, _origin(source))
     base = table.pop("base", None)
@@ -188,7 +188,7 @@ def parse_change(change: str) -> Table:
         raise ValueError(f"--set {change}: write it as section.key=value")
     try:
         value: Any = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()  # a bare word is a string: --set data.source=sotu
     for key in reversed(keys):
         value = {key: value}

@@ -9,6 +9,7 @@ A module of `everlong.tasks` that calls `register_task` has made a task: `list_t
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -60,6 +61,10 @@ class Question:
     def role(self, candidate: str) -> str:
         """Of one of the candidates."""
         return "answer" if candidate in self.answers else self.roles.get(candidate, "other")
+
+
+class TooLong(ValueError):
+    """A length that no item fills."""
 
 
 class TooShort(ValueError):
@@ -160,7 +165,8 @@ def _prose() -> tuple[str, ...]:
 
     text = " ".join(load_documents(_DRAWN_PROSE)[0][:].tobytes().decode().split())
     found = [part.strip() + "." for part in text.split(". ")]
-    return tuple(part for part in found if 20 < len(part) < 300)
+    # no numbers: they might be those that are asked for
+    return tuple(each for each in found if 20 < len(each) < 300 and not re.search(r"\d", each))
 
 
 @dataclass(frozen=True)
@@ -216,8 +222,11 @@ def filled(
 
 
 def depth_group(prompt: str, frame: Frame, fact: str) -> str:
-    """The one of `DEPTHS` in which a fact stands: how much of what is between the frame is before
-    it. With little filler that is not the place it was drawn for."""
+    """The one of `DEPTHS` in which a fact stands: with little filler not that it was drawn for."""
+    return DEPTHS[min(int(4 * place_of(prompt, frame, fact)), 3)]
+
+
+def place_of(prompt: str, frame: Frame, fact: str) -> float:
+    """How much of what is between the frame, the fact left out, is before it: 0 to 1."""
     inside = prompt.removeprefix(frame.before).removesuffix(frame.after)
-    place = inside.index(fact) / max(len(inside) - len(fact), 1)
-    return DEPTHS[min(int(4 * place), 3)]
+    return inside.index(fact) / max(len(inside) - len(fact), 1)

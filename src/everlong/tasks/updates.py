@@ -8,7 +8,7 @@ one without a word, or be told to be forgotten; then one code is asked for. With
     7733. ... What is the code of the amber lantern? It is
     -> 7733
 
-Groups, of which item i has the (i mod 10)-th:
+Groups, of which item i has the (i mod 10)-th (of the ages, that of its text):
 
     told 0-25 % back ...     told once, so far back from the question (four groups, by age)
     rewritten 1, 2, 4 times  the last code counts; earlier ones are "stale"
@@ -36,6 +36,7 @@ from everlong.tasks.questions import (
     check_filler,
     filled,
     num_bytes,
+    place_of,
     register_task,
 )
 
@@ -48,6 +49,7 @@ GROUPS = (
     "deleted",
     "never told",
 )
+_AGES = 4
 _BEFORE = (
     "Codes are told in this text. The last code of a thing counts, and one to be forgotten is "
     "unknown."
@@ -87,6 +89,8 @@ def make_item(config: UpdatesConfig, seed: int, index: int, count: Count = num_b
     own, answer, roles = _history(group, asked, codes, generator)
     frame = Frame(_BEFORE, f"What is the code of the {asked}? It is")
     prompt = filled(config, frame, [*facts, *own], generator, count)
+    if GROUPS.index(group) < _AGES:  # with little filler not the age that was drawn
+        group = GROUPS[min(int(_AGES * (1 - place_of(prompt, frame, own[0][1]))), _AGES - 1)]
     roles |= dict.fromkeys(unseen, "unseen")
     roles[UNKNOWN] = UNKNOWN  # a word: its trace is compared with no code's
     candidates = dict.fromkeys((answer, *roles, *theirs))
@@ -102,13 +106,13 @@ def _history(
 ) -> tuple[list[tuple[float, str]], str, dict[str, str]]:
     """What the text says of the thing that is asked for, the right answer, and other roles."""
     kind = GROUPS.index(group)
-    if kind < 4:  # by age
-        place = 1 - (kind + generator.random()) / 4
+    if kind < _AGES:
+        place = 1 - (kind + generator.random()) / _AGES
         return [(place, _told(name, codes[0]))], codes[0], {}
     if group == "never told":
         return [], UNKNOWN, {}
-    rewritten = kind - 4 < len(REWRITES)
-    times = REWRITES[kind - 4] if rewritten else 1
+    rewritten = kind - _AGES < len(REWRITES)
+    times = REWRITES[kind - _AGES] if rewritten else 1
     places = np.sort(generator.random(times + 1)).tolist()
     facts = [(places[0], _told(name, codes[0]))]
     if group == "deleted":

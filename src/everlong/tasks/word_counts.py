@@ -18,7 +18,7 @@ import numpy as np
 
 from everlong.tasks._shared import check_least
 from everlong.tasks._words import COINED, coined
-from everlong.tasks.questions import Count, Question, TooShort, num_bytes, register_task
+from everlong.tasks.questions import Count, Question, TooLong, TooShort, num_bytes, register_task
 
 _ALL = "the most common"
 _OTHERS = 7  # candidates that are no answer
@@ -104,10 +104,7 @@ def _listed(
     def needed(size: int) -> int:
         wanted = times(size)
         if len(wanted) > COINED:
-            raise ValueError(
-                f"length is {config.length}: the list needs more than the {COINED} different words "
-                "there are; give a shorter one"
-            )
+            return room + 1
         fresh = len(wanted) - len(words)
         if fresh > 0:
             words.extend(coined(generator, fresh, set(words)))
@@ -117,6 +114,8 @@ def _listed(
     if needed(least) > room:
         raise TooShort(config.length, config.length - room + needed(least))
     size = _largest(least, lambda size: needed(size) <= room)
+    if len(times(size + 1)) > COINED:
+        raise TooLong(f"there are {COINED} words, which end before {config.length} tokens")
     listed = np.repeat(np.arange(len(times(size))), times(size))
     text = " ".join(words[i] for i in generator.permutation(listed))
     chosen = words[: asked + _OTHERS]

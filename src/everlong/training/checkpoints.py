@@ -37,7 +37,7 @@ def folder(run_dir: Path, step: int) -> Path:
 def steps(run_dir: Path) -> list[int]:
     """Steps of the run's checkpoints, lowest first, whole or damaged."""
     names = (path.name.removeprefix("checkpoint-") for path in run_dir.glob("checkpoint-*"))
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def save(
@@ -62,7 +62,8 @@ def save(
             "format": _FORMAT,
             "version": _VERSION,
             "step": step,
-            "files": {file.name: _sha256(file) for file in sorted(path.iterdir())},
+            # the card is for its reader to change
+            "files": {f.name: _sha256(f) for f in sorted(path.iterdir()) if f.name != "README.md"},
         }
         manifest["sha256"] = _digest(manifest)
         (path / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
@@ -102,6 +103,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Weights of a verified checkpoint into `model`; `UserError` if they are another model's."""
     try:
         load_model(model, path / "model.safetensors")
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} holds no weights: {error.strerror}") from error
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} holds the weights of another model: {reason}") from error
@@ -216,6 +219,9 @@ def is_leftover(path: Path) -> bool:
 def _remove(path: Path) -> None:
     """Under another name first, so that a kill leaves no half of a checkpoint behind."""
     gone = path.with_name(f".{path.name}.gone{_ASIDE}")
+    if path.is_symlink():  # what it points to is elsewhere, and stays
+        path.unlink()
+        return
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(path, gone)
     shutil.rmtree(gone)

@@ -6,6 +6,7 @@ is; of a single process everything here is the plain thing, without an exchange.
 
 import copy
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,6 +24,20 @@ from everlong.state import State
 T = TypeVar("T")
 
 _BUCKET = 1 << 25  # numbers in one exchange: what is copied beside the gradients stays below this
+
+
+def group_of(device: str) -> PartialState:
+    """The processes that train together, for a `train.device`: without CUDA they exchange on the
+    CPU. `UserError` where they would not know of each other."""
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    without = several and device == "auto" and not torch.cuda.is_available()
+    group = PartialState(cpu=device == "cpu" or without)
+    if several and group.num_processes == 1:
+        raise UserError(
+            f"several processes were started, and on device {device!r} each would train alone: "
+            "give --device cpu, or start one"
+        )
+    return group
 
 
 def rows_of(batch_size: int, group: PartialState) -> slice:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from everlong import state as states
@@ -81,7 +80,7 @@ class Learner:
 
     def __init__(self, model: Any, documents: Documents, config: TrainConfig) -> None:
         self.given, self.config = model, config
-        self.group = PartialState(cpu=config.device == "cpu")
+        self.group = distributed.group_of(config.device)
         self.alone = self.group.num_processes == 1
         self.rows = distributed.rows_of(config.batch_size, self.group)
         self.device = choose_device(config.device, self.group)

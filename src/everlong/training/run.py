@@ -72,11 +72,15 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+        found = [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
         raise UserError(f"{path} is damaged: a line is not JSON; remove that line") from error
+    for number, line in enumerate(found, 1):
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            raise UserError(f"{path} is damaged: line {number} is of no step; remove that line")
+    return found
 
 
 def without_times(line: Mapping[str, Any]) -> dict[str, Any]:

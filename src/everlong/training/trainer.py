@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from everlong.models.cache import EverlongCache
+from everlong.models.hub import foretold, share_foretold
 from everlong.state import State
 from everlong.training.distributed import sum_gradients
 from everlong.training.horizon import Horizon
@@ -39,7 +40,7 @@ class ReplayTrainer(Trainer):
 
     Several processes (`accelerate launch`) exchange gradients once an optimiser step.
 
-    Raises `ValueError` for losses of another kind (label smoothing, `compute_loss_func`), for
+    Raises `ValueError` for losses of another kind (label smoothing, `compute_loss_func`), NEFTune,
     DeepSpeed, FSDP, LOMO and `DataParallel`, which do the backward pass their way, and at a step
     whose batch holds more than input_ids, attention_mask and labels.
     """
@@ -73,6 +74,9 @@ class ReplayTrainer(Trainer):
         """`ValueError` for what would not be trained as it says."""
         refused = {
             "label_smoothing_factor": self.label_smoother is not None,
+            "neftune_noise_alpha, whose noise depends on the length of a call": (
+                self.args.neftune_noise_alpha is not None
+            ),
             "compute_loss_func": self.compute_loss_func is not None,
             "sharded weights": self.accelerator.distributed_type in _SHARDED,
             "a LOMO optimizer": "lomo" in str(self.args.optim),
@@ -105,6 +109,9 @@ class ReplayTrainer(Trainer):
                 self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             )
             weight = shared / max(float(num_items_in_batch), 1)
+            if batch.get("attention_mask") is not None:  # of labels behind padding, which count
+                kept = foretold(batch["labels"], batch["attention_mask"])
+                weight /= float(share_foretold(batch["labels"], kept))
         options = replace(self.horizon.options, scale=self.accelerator.scaler)
         horizon = replace(self.horizon, options=options)
         # DistributedDataParallel would take each segment's backward pass for a whole step's
@@ -132,13 +139,11 @@ def segments(batch: Mapping[str, Any], length: int) -> list[dict[str, Tensor]]:
             + (f"the batch lacks {', '.join(sorted(missing))}" if missing else "")
             + (f"leave out {', '.join(sorted(others))}" if others and not missing else "")
         )
-    whole = {
-        "inputs": batch["input_ids"],
-        "targets": F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE),
-    }
-    if batch.get("attention_mask") is not None:
-        whole["mask"] = batch["attention_mask"]
-        whole["targets"] = whole["targets"].masked_fill(whole["mask"] == 0, IGNORE)
+    mask = batch.get("attention_mask")
+    labels = batch["labels"] if mask is None else foretold(batch["labels"], mask)
+    whole = {"inputs": batch["input_ids"], "targets": F.pad(labels[:, 1:], (0, 1), value=IGNORE)}
+    if mask is not None:
+        whole["mask"] = mask
     cuts = zip(*(each.split(length, 1) for each in whole.values()), strict=True)
     return [dict(zip(whole, pieces, strict=True)) for pieces in cuts]
 

@@ -24,10 +24,12 @@ from everlong import state as states
 from everlong.models.decoders import CACHE_NAME
 from everlong.models.wrap import ExtendedForCausalLM
 from everlong.registry import memory_entry
-from models.backbones import SIZES, VOCABULARY, every_backbone, make_backbone
+from models.backbones import MODELS, SIZES, VOCABULARY, every_backbone, make_backbone
 from models.hub_models import close
 
-MEMORIES = {name: memory_entry(name).small for name in ("rmt", "memformer", "no_memory", "armt")}
+MEMORIES = {
+    name: memory_entry(name).small for name in ("rmt", "memformer", "no_memory", "armt", "hmt")
+}
 every_memory = pytest.mark.parametrize("memory", MEMORIES)
 
 
@@ -105,7 +107,7 @@ def test_segments_are_read_alone_without_a_memory(backbone):
 
 
 @pytest.mark.supports("extend: reaches back", of="{memory}, {backbone}")
-@pytest.mark.parametrize("memory", ["rmt", "armt", "memformer"])
+@pytest.mark.parametrize("memory", ["rmt", "armt", "memformer", "hmt"])
 @every_backbone
 def test_a_memory_reaches_across_the_segments(backbone, memory):
     """And what is beyond the segment reaches nothing without one."""
@@ -187,7 +189,7 @@ def test_train_memory_trains_the_memory_alone(memory):
 
 
 @pytest.mark.supports("extend: replay", of="{memory}, gpt2")
-@pytest.mark.parametrize("memory", ["rmt", "memformer"])
+@every_memory
 def test_replay_is_bptt_through_an_extended_model(memory):
     model, ids = make("gpt2", memory, gate=0.0 if memory == "memformer" else 0.7), ids_of(2, 12)
 
@@ -242,7 +244,7 @@ def test_adapters_and_memory_train_together(first, tmp_path):
 
 
 @pytest.mark.supports("extend: saved", of="{memory}, {backbone}")
-@pytest.mark.parametrize("memory", ["rmt", "memformer"])
+@every_memory
 @every_backbone
 def test_saving_and_loading_changes_nothing(backbone, memory, tmp_path):
     model = make(backbone, memory, exact=False)
@@ -301,7 +303,7 @@ def generate(model, ids, steps=9, **options):
 
 @pytest.mark.supports("extend: greedy", of="{memory}, {backbone}")
 @every_backbone
-@pytest.mark.parametrize("memory", ["rmt", "memformer"])
+@every_memory
 def test_greedy_is_a_loop_by_hand(backbone, memory):
     model, ids = make(backbone, memory), ids_of(2, 6)
     result, seen = generate(model, ids, attention_mask=torch.ones_like(ids)), ids
@@ -312,10 +314,15 @@ def test_greedy_is_a_loop_by_hand(backbone, memory):
     assert torch.equal(result.sequences, seen)
 
 
-@pytest.mark.supports("extend: left padding", of="rmt, {backbone}")
-@every_backbone
-def test_left_padded_rows_say_what_they_say_alone(backbone):
-    model, ids = make(backbone, "rmt"), ids_of(3, 7)
+PADDED = [("rmt", name) for name in MODELS] + [
+    (name, "llama") for name in MEMORIES if name != "rmt"
+]
+
+
+@pytest.mark.supports("extend: left padding", of="{memory}, {backbone}")
+@pytest.mark.parametrize(("memory", "backbone"), PADDED)
+def test_left_padded_rows_say_what_they_say_alone(memory, backbone):
+    model, ids = make(backbone, memory), ids_of(3, 7)
     mask = torch.tensor([[1] * 7, [0] * 6 + [1], [0] * 3 + [1] * 4])
     result = generate(model, ids, attention_mask=mask)
     for row, length in enumerate(mask.sum(1)):

@@ -269,7 +269,7 @@ def language(
 def cost(
     *names: str,
     peers: Annotated[bool, Parameter(negative=())] = False,
-    patience: float = 120.0,
+    patience: float = 90.0,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     out: Path = Path("runs/bench"),
 ) -> None:

@@ -75,7 +75,8 @@ def _conclusions(rows: Sequence[cost_bench.Row]) -> list[str]:
 
 
 def _span(values: Sequence[float]) -> str:
-    return f"{min(values):.2f} to {max(values):.2f}"
+    least, most = f"{min(values):.2f}", f"{max(values):.2f}"
+    return least if least == most else f"{least} to {most}"
 
 
 def _time_table(rows: Sequence[cost_bench.Row]) -> None:

@@ -56,7 +56,7 @@ class CostRun:
     pairs: int = 9
     rounds: int = 3
     least: int = 2048
-    patience: float = 120.0
+    patience: float = 90.0
     longest: float = 60.0
     once: float = 2.0
     size: str | None = None  # "small": the memories' test-sized options

@@ -54,7 +54,7 @@ class TrainingSpeed:
     hidden_size: int = 512
     num_heads: int = 8
     num_slots: int = 64
-    sizes: tuple[int, ...] = (256, 512, 1024, 2048)
+    sizes: tuple[int, ...] = (512, 1024, 2048)
     seed: int = 0
 
     def __post_init__(self) -> None:

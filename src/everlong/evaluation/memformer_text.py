@@ -45,7 +45,7 @@ CHANGES = (
 )
 _COSTS = ("peak_bytes", "state_bytes", "carried_bytes", "flops", "seconds")
 HELD_OUT_BYTES = 4096  # of the beginning of each held-out document
-ROLES_STEPS = 600  # of the longer training whose slots are looked at
+ROLES_STEPS = 450  # of the longer training whose slots are looked at
 
 
 def contenders(recipe: Recipe) -> dict[str, EverlongConfig]:

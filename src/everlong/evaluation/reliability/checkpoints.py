@@ -17,7 +17,15 @@ from unittest import mock
 
 from everlong.evaluation.reliability.damage import previous
 from everlong.evaluation.reliability.damages import DAMAGES
-from everlong.evaluation.reliability.guarded import Main, Outcome, Stopped, call, make_run
+from everlong.evaluation.reliability.guarded import (
+    MEMORY,
+    Main,
+    Outcome,
+    Stopped,
+    call,
+    make_run,
+    memory_at_most,
+)
 from everlong.evaluation.reliability.hostile import MARKER
 
 CPU_S = 2.0
@@ -83,7 +91,7 @@ def one(
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(kept[wanted.door], place)
     told = wanted.do(random.Random(seed), place)
-    with no_pickles() as used:
+    with no_pickles() as used, memory_at_most(MEMORY):
         outcome = _through(main, wanted.door, place)
         wrong = _wrong(outcome, wanted.refused)
         if not wrong and wanted.door == "resume" and outcome.refused and wanted.refused:
@@ -99,7 +107,7 @@ def one(
 def _wrong(outcome: Outcome, refused: bool | None) -> str:
     if outcome.kind == "raised":
         return outcome.place
-    if outcome.kind == "limit":
+    if outcome.kind == "limit" or "not enough memory" in outcome.said:
         return "it did not come to an end"
     if outcome.refused:
         return ""

@@ -19,18 +19,18 @@ from typing import Any
 
 from everlong.evaluation.reliability.cases import Case, Vocabulary, make
 from everlong.evaluation.reliability.guarded import (
+    MEMORY,
     Main,
     Outcome,
     call,
-    limit_memory,
     make_run,
+    memory_at_most,
     no_training,
 )
 
 BLOCK = 1000  # cases a worker
 CPU_S = 3.0  # of one case
 BENCH_CPU_S = 0.5  # of one that measures: what it refuses it refuses at once
-MEMORY = 3 << 30
 PATIENCE_S = 180.0  # without a case finished
 Line = dict[str, Any]
 
@@ -123,9 +123,8 @@ def work(main: Main, vocabulary: Vocabulary, folder: Path, seed: int, cases: ran
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(kept, place, symlinks=True)
     os.chdir(place)
-    limit_memory(MEMORY)
     clean = _listing(Path())
-    with log.open("a", encoding="utf-8") as file, no_training():
+    with log.open("a", encoding="utf-8") as file, no_training(), memory_at_most(MEMORY):
         for number in cases:
             line = {"case": number, **run_case(main, make(seed, number, vocabulary))}
             file.write(json.dumps(line) + "\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+MEMORY = 3 << 30  # bytes that a case may take besides what the process holds already
 Main = Callable[[Sequence[str]], int]
 WALL_S = 20.0  # and ten times its own: for what waits, such as for a pipe that nobody writes to
 
@@ -127,14 +128,20 @@ def no_training() -> Iterator[None]:
         yield
 
 
-def limit_memory(more: int) -> None:
-    """This process may take so many bytes more: what asks for all the machine has is refused."""
+@contextmanager
+def memory_at_most(more: int) -> Iterator[None]:
+    """This process may take so many bytes more inside: what has no end is refused, not killed."""
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except OSError:
-        return  # no Linux: the limit would not hold there either
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, hard))
+    except OSError:  # no Linux: the limit would not hold there either
+        yield
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
 
 
 def make_run(main: Main, folder: Path, *changes: str) -> Path:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everlong.mixers.attention import check_rate
+from everlong.ops.adapted import weight_of
 from everlong.ops.ragged import expand_like
-from everlong.ops.relative import shift, sinusoid
+from everlong.ops.relative import nearest, shift, sinusoid
 from everlong.registry import register
 from everlong.state import State
 from everlong.stateful import Stateful, Trace
@@ -59,6 +60,7 @@ class RelativeAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, dropout: float = 0.0):
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
+        self._scale = (hidden_size // num_heads) ** -0.5
         self.query = nn.Linear(hidden_size, hidden_size, bias=False)
         self.key_value = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
         self.distance = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -76,6 +78,8 @@ class RelativeAttention(nn.Module):
         They are read in `pieces` (lengths; None: one); no query of a piece sees what its first does
         not, but for what lies between.
         """
+        if x.shape[1] == 1 and not (self.training and self.dropout):
+            return self._one(x, before, reach)
         pieces = pieces or [x.shape[1]]
         q = self._heads(self.query(x)).split(pieces, 2)
         kv = self.key_value(torch.cat([before.to(x.dtype), x], 1))
@@ -92,11 +96,29 @@ class RelativeAttention(nn.Module):
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
         return self.out(y.transpose(1, 2).flatten(2))
 
+    def _one(self, x: Tensor, before: Tensor, reach: Tensor) -> Tensor:
+        """`forward` of one query, [B, 1, D]: q (W x) is (q W) x, so that no place before it is
+        projected, which would cost D / H times as much."""
+        places = torch.cat([before.to(x.dtype), x], 1)
+        count, width = places.shape[1:]
+        q = self._heads(self.query(x)).transpose(0, 1).squeeze(2) * self._scale  # [H, B, d]
+        keys, values = weight_of(self.key_value).unflatten(0, (2, self.num_heads, -1))
+        distance = weight_of(self.distance).unflatten(0, (self.num_heads, -1))
+        u, v = (b.to(q.dtype) * self._scale for b in (self.content_bias, self.distance_bias))
+        by_content = ((q + u) @ keys).transpose(0, 1)  # [B, H, D]
+        by_distance = ((q + v) @ distance).transpose(0, 1)
+        table = nearest(count, width, x.dtype, x.device)
+        scores = by_content @ places.mT + by_distance @ table.mT  # [B, H, K]
+        seen = torch.arange(count - 1, -1, -1, device=x.device) <= reach[:, :1]
+        weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+        y = (weights.to(x.dtype) @ places).transpose(0, 1) @ values.mT  # [H, B, d]
+        return self.out(y.transpose(0, 1).flatten(1)[:, None])
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, reach: Tensor) -> Tensor:
         """q [B, H, T, d] at the last T of the K places of k and v [B, H, K, d]; table [1, H, d, at
         least K] ends at distance 0."""
         length, keys = q.shape[2], k.shape[2]
-        by_distance = (q + self.distance_bias.to(q.dtype)) * q.shape[-1] ** -0.5
+        by_distance = (q + self.distance_bias.to(q.dtype)) * self._scale
         scores = shift(by_distance @ table[..., table.shape[-1] - keys :])
         places = torch.arange(keys, device=q.device)
         distance = places[keys - length :, None] - places

@@ -3,8 +3,12 @@
 T queries, K keys, D width.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+_STEP = 256  # rows by which a kept table grows
 
 
 def sinusoid(distances: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -15,6 +19,19 @@ def sinusoid(distances: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     exponent = torch.arange(0, width, 2, device=distances.device, dtype=torch.float64) / width
     angles = distances.double()[:, None] * 10_000.0**-exponent
     return torch.cat([angles.sin(), angles.cos()], -1).to(dtype)
+
+
+def nearest(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`sinusoid` of the distances count - 1 to 0, the same in every layer and for every token:
+    kept once it is computed."""
+    rows = -(-count // _STEP) * _STEP
+    return _kept(rows, width, dtype, device)[rows - count :]
+
+
+@lru_cache(maxsize=8)
+def _kept(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # whoever asks next may want gradients
+        return sinusoid(torch.arange(rows - 1, -1, -1, device=device), width, dtype)
 
 
 def shift(scores: Tensor) -> Tensor:

@@ -124,3 +124,6 @@ def test_unknown_models_and_impossible_numbers_are_refused():
         decoding.measure_models(TINY, ["memformr"])
     with pytest.raises(ValueError, match="tokens"):
         DecodingRun(tokens=0)
+    for name in ("threads", "positions"):
+        with pytest.raises(ValueError, match=f"{name} are .0.: give numbers above 0"):
+            DecodingRun(**{name: (0,)})

@@ -63,8 +63,10 @@ class DecodingRun:
         """`ValueError`, naming the option, for a wrong type or an impossible value."""
         kept = ("shapes", "threads", "positions", "whole")
         check_types(type(self), {k: v for k, v in vars(self).items() if k not in kept}, "decoding")
-        check_counts("threads", self.threads)
-        check_counts("positions", self.positions)
+        for name in ("threads", "positions"):
+            check_counts(name, getattr(self, name))
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} are {list(getattr(self, name))}: give numbers above 0")
         for name in ("parameters", "read", "cache", "segment_length", "tokens", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more")

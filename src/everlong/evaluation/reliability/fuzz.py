@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def work(main: Main, vocabulary: Vocabulary, folder: Path, seed: int, cases: ran
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(kept, place, symlinks=True)
     os.chdir(place)
+    import_module("matplotlib.figure")  # a limit inside of its import would break it for all others
     clean = _listing(Path())
     with log.open("a", encoding="utf-8") as file, no_training(), memory_at_most(MEMORY):
         for number in cases:

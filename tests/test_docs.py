@@ -187,15 +187,16 @@ def test_the_table_of_memories_is_the_registry():
     assert memory_row("attention")["bounded"] is False
 
 
-def test_the_tables_of_how_to_choose_are_the_results():
-    spec = importlib.util.spec_from_file_location("choose", ROOT / "benchmarks" / "choose.py")
+@pytest.mark.parametrize("name", ["choose", "measured"])
+def test_the_tables_of_a_page_are_the_results(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    choose = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(choose)
-    page = (DOCS / "choose.md").read_text()
-    for name, make in choose.TABLES.items():
-        assert marked(page, name) == make(), "put what `python benchmarks/choose.py` prints there"
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (DOCS / f"{name}.md").read_text()
+    for part, make in script.TABLES.items():
+        assert marked(page, part) == make(), f"put what `python benchmarks/{name}.py` prints there"
 
 
 def marked(text, name):

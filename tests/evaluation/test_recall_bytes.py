@@ -12,7 +12,7 @@ from everlong.evaluation import recall_bytes as bench
 from everlong.evaluation.recall import build, memory_subject
 from everlong.tasks._shared import IGNORED
 
-TINY = replace(bench.TIERS["smoke"], steps=2, length=48)
+TINY = replace(bench.TIERS["smoke"], steps=2, length=64)
 
 
 def model_of(name, run=TINY):
@@ -34,13 +34,16 @@ def test_an_item_is_its_task_s_behind_a_token_of_its_own(name):
     assert (scored.targets[:, 0] == IGNORED).all()
 
 
-def test_training_takes_every_task_in_turn_and_no_item_twice():
+def test_training_takes_every_task_in_turn_and_longer_items_by_stages():
     mixture = bench.Mixture(TINY)
-    batches = list(mixture.training(replace(TINY, steps=8), 0))
+    batches = list(bench.training(replace(TINY, steps=16), 0))
     marks = [int(batch.inputs[0, 0]) - mixture.marks for batch in batches]
-    assert marks == [0, 1, 2, 3] * 2
-    items = torch.cat([batch.inputs for batch in batches])
+    assert marks == [0, 1, 2, 3] * 4
+    lengths = [batch.inputs.shape[1] - 1 for batch in batches]
+    assert lengths == [16] * 8 + [32] * 4 + [64] * 4
+    items = torch.cat([batch.inputs for batch in batches[-4:]])
     assert len(items.unique(dim=0)) == len(items)
+    assert len(list(bench.training(replace(TINY, steps=7), 0))) == 7
 
 
 def test_scores_are_shares_of_what_is_asked(monkeypatch):

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from everlong import EverlongConfig, EverlongForCausalLM
 from everlong.errors import DamagedCheckpoint, UserError
@@ -149,13 +149,86 @@ def test_damage_of_all_is_said_so(tmp_path, model, parts):
         checkpoints.latest(tmp_path)
 
 
-def test_a_newer_format_is_refused(tmp_path, model, parts):
-    path = checkpoints.save(tmp_path, 1, model, parts)
-    manifest = json.loads((path / "manifest.json").read_text()) | {"version": 2}
+def sign(path, **changes):
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"] = {name: checkpoints._sha256(path / name) for name in manifest["files"]}
+    manifest |= changes
     del manifest["sha256"]
     manifest["sha256"] = checkpoints._digest(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="format version 2, this everlong reads 1"):
+
+
+def test_a_newer_format_is_refused(tmp_path, model, parts):
+    path = checkpoints.save(tmp_path, 1, model, parts)
+    sign(path, version=3)
+    with pytest.raises(UserError, match="format version 3, this everlong reads 2"):
+        checkpoints.load(path)
+
+
+def rewritten(path, change):
+    told = json.loads((path / "training.json").read_text())
+    (path / "training.json").write_text(json.dumps(change(told)))
+
+
+HOSTILE = {
+    "nested": lambda path: (path / "training.json").write_text("[" * 100_000),
+    "a name that leads out": lambda path: rewritten(
+        path, lambda told: told | {"../secret": told["rng"]}
+    ),
+    "an absolute name": lambda path: rewritten(path, lambda told: told | {"/tmp/x": told["rng"]}),
+    "no tensors": lambda path: save_file({}, path / "rng.safetensors"),
+    "no safetensors": lambda path: (path / "rng.safetensors").write_bytes(b"\x80\x04pickle"),
+    "another shape": lambda path: save_file(
+        {"rng.cpu": torch.get_rng_state()[None]}, path / "rng.safetensors"
+    ),
+    "another dtype": lambda path: save_file(
+        {"rng.cpu": torch.get_rng_state().float()}, path / "rng.safetensors"
+    ),
+}
+
+
+@pytest.mark.parametrize("how", list(HOSTILE))
+def test_what_is_signed_and_is_no_checkpoint_is_refused_in_one_line(tmp_path, model, parts, how):
+    path = checkpoints.save(tmp_path, 1, model, parts)
+    HOSTILE[how](path)
+    sign(path)
+    with pytest.raises(DamagedCheckpoint, match=str(path)) as error:
+        checkpoints.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", "."])
+def test_a_manifest_that_leads_out_is_refused(tmp_path, model, parts, name):
+    path = checkpoints.save(tmp_path, 1, model, parts)
+    (tmp_path / "secret").write_text("secret")
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    sign(path, files=files | {name: "0"})
+    with pytest.raises(DamagedCheckpoint, match="is no name of a file beside it"):
+        checkpoints.load(path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "training.json", "model.safetensors"])
+@pytest.mark.parametrize("how", ["pipe", "device", "folder"])
+def test_what_may_have_no_end_is_not_read(tmp_path, model, parts, name, how):
+    path = checkpoints.save(tmp_path, 1, model, parts)
+    (path / name).unlink()
+    if how == "pipe":
+        os.mkfifo(path / name)
+    elif how == "device":
+        (path / name).symlink_to("/dev/zero")
+    else:
+        (path / name).mkdir()
+    with pytest.raises(DamagedCheckpoint, match=f"{name} cannot be read"):
+        checkpoints.load(path)
+
+
+@pytest.mark.parametrize("name", ["training.json", "model.safetensors"])
+def test_a_manifest_that_leaves_out_what_is_needed_is_refused(tmp_path, model, parts, name):
+    path = checkpoints.save(tmp_path, 1, model, parts)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    del files[name]
+    sign(path, files=files)
+    with pytest.raises(DamagedCheckpoint, match=name):
         checkpoints.load(path)
 
 

@@ -3,15 +3,19 @@
 Every model is trained on a mixture of generated tasks, a batch of each in turn, behind a token that
 says which: eight pairs asked for all at once, some of them overwritten before (MQAR); one symbol to
 be kept across distractors (as a passkey is); symbols to be copied out of noise, in order; and keys
-that are written, forgotten and written anew. All items are T tokens long. Scored are held-out
-items, each question by itself; beside it stand the bytes of one stream's state after an item.
+that are written, forgotten and written anew. Items are T tokens long in the end; training begins
+with a quarter of it, and of what is stored, since pairs from the start of which there are many are
+not learned in so few steps by most. Scored are held-out items of full length, each question by
+itself; beside it stand the bytes of one stream's state after an item.
 B batch, T time.
 """
 
 import time
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,6 +34,8 @@ from everlong.registry import check_types, list_memories, memory_entry
 from everlong.tasks import key_updates, mqar, recall, selective_copy
 from everlong.tasks._shared import IGNORED, ScoredBatch
 
+STAGES = ((0.25, 0.5), (0.5, 0.25), (1.0, 0.25))  # part of the length, share of the steps
+PAIRS = 8  # and symbols to be copied, at full length
 ASKED = ("mqar", "overwritten", "passkey", "copy", "updates")
 Row = dict[str, Any]
 
@@ -51,7 +57,7 @@ class BytesRun:
     segment_length: int = 16  # also of caches and windows
     length: int = 64  # T
     test_items: int = 256  # of each task
-    patience: float = 0.35
+    patience: float = 0.5  # with items of full length
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -60,8 +66,8 @@ class BytesRun:
         for name in ("steps", "batch_size", "hidden_size", "num_heads", "test_items"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more")
-        if self.length < 48 or self.length % 8:
-            raise ValueError(f"length is {self.length}: give a multiple of 8, 48 or more")
+        if self.length < 64 or self.length % 32:
+            raise ValueError(f"length is {self.length}: give a multiple of 32, 64 or more")
 
 
 TIERS = {
@@ -75,22 +81,23 @@ TIERS = {
 
 
 class Mixture:
-    """The tasks, each behind its own first token; `make_batch` as of a task's module."""
+    """The tasks, each behind its own first token; `make_batch` as of a task's module. Of items of
+    a `part` of the length, with that part of the pairs and symbols."""
 
-    def __init__(self, run: BytesRun) -> None:
-        length = run.length
+    def __init__(self, run: BytesRun, part: float = 1.0) -> None:
+        length, pairs = int(run.length * part), int(PAIRS * part)
         self.device = run.device
         self.segment_length = run.segment_length  # a subject's options are read from it
         distractors = length // 8 - 2  # segments of 8 between the two that store and ask
         self.tasks: dict[str, tuple[Callable[..., Any], Any]] = {
-            "mqar": (mqar.make_batch, mqar.MqarConfig(length, 8, 4, vocab_size=32)),
+            "mqar": (mqar.make_batch, mqar.MqarConfig(length, pairs, pairs // 2, vocab_size=32)),
             "passkey": (
                 recall.make_batch,
                 recall.RecallConfig(min_distractors=distractors, max_distractors=distractors),
             ),
             "copy": (
                 selective_copy.make_batch,
-                selective_copy.SelectiveCopyConfig(length=length),
+                selective_copy.SelectiveCopyConfig(length=length, num_copied=pairs),
             ),
             "updates": (key_updates.make_batch, key_updates.KeyUpdatesConfig(length=length)),
         }
@@ -106,13 +113,17 @@ class Mixture:
         scored = torch.cat([torch.full_like(mark, IGNORED), batch.targets], 1).to(self.device)
         return ScoredBatch(inputs, scored, torch.ones_like(inputs, dtype=torch.bool)), batch
 
-    def training(self, run: BytesRun, seed: int) -> Iterator[ScoredBatch]:
-        """`run.steps` batches, of each task in turn."""
-        names = list(self.tasks)
-        for step in range(run.steps):
-            first = step * run.batch_size
-            indices = range(first, first + run.batch_size)
-            yield self.make_batch(names[step % len(names)], seed, indices)[0]
+
+def training(run: BytesRun, seed: int) -> Iterator[ScoredBatch]:
+    """`run.steps` batches, of each task in turn, stage by stage; no item twice, but the shortest,
+    of which there are few."""
+    mixtures = [Mixture(run, part) for part, _ in STAGES]
+    ends = list(accumulate(share for _, share in STAGES))
+    for step in range(run.steps):
+        mixture = mixtures[bisect(ends, step / run.steps)]
+        names = list(mixture.tasks)
+        indices = range(step * run.batch_size, (step + 1) * run.batch_size)
+        yield mixture.make_batch(names[step % len(names)], seed, indices)[0]
 
 
 @torch.no_grad()
@@ -146,8 +157,7 @@ def measure_one(name: str, run: BytesRun, seed: int) -> Row:
         return {"left_out": taken}
     model = make()
     started = time.perf_counter()
-    batches = mixture.training(run, seed)
-    fit(model, batches, run.length + 1, run.learning_rate, cycle=run.steps)
+    fit(model, training(run, seed), run.length + 1, run.learning_rate, cycle=run.steps)
     return {
         "accuracy": accuracy(model, mixture, seed, run.test_items),
         "parameters": model.num_parameters(),
@@ -158,10 +168,10 @@ def measure_one(name: str, run: BytesRun, seed: int) -> Row:
 
 def _seconds(model: EverlongForCausalLM, mixture: Mixture, run: BytesRun, seed: int) -> float:
     """Of a training step: the quickest of two, behind one that warms up, by the processor."""
-    found = []
+    found, (batch, _) = [], mixture.make_batch("mqar", seed, range(run.batch_size))
     for _ in range(3):
         before = time.process_time()
-        fit(model, [next(mixture.training(run, seed))], run.length + 1, run.learning_rate)
+        fit(model, [batch], run.length + 1, run.learning_rate)
         found.append(time.process_time() - before)
     return min(found[1:])
 

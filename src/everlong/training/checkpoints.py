@@ -9,6 +9,7 @@
 Written aside, flushed to the disk and renamed. Damage is an error, never skipped over.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -25,7 +26,8 @@ from transformers.utils import logging
 
 from everlong.errors import DamagedCheckpoint, UserError
 
-_FORMAT, _VERSION = "everlong.checkpoint", 1
+_FORMAT, _VERSION = "everlong.checkpoint", 2
+_NEEDED = {"model.safetensors", "training.json"}
 _ASIDE = ".part"
 _LEFTOVER = re.compile(r"\.(checkpoint-\d+|model)(\.gone)?\.part")
 
@@ -91,12 +93,32 @@ def save_model(model: Any, path: Path) -> None:
 def load(path: Path) -> dict[str, Any]:
     """The `parts` of a checkpoint, tensors on the CPU; `DamagedCheckpoint` if a file changed."""
     verify(path)
-    structure = json.loads((path / "training.json").read_text("utf-8"))
-    parts = {}
-    for name, part in structure.items():
-        file = path / f"{name}.safetensors"
-        parts[name] = _decode(part, load_file(file) if file.exists() else {})
-    return parts
+    try:
+        structure = json.loads((path / "training.json").read_text("utf-8"))
+        return {name: _decode(part, _tensors(path, name)) for name, part in structure.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(
+            f"{path / 'training.json'} is damaged: {_one_line(error)}"
+        ) from error
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"{path} holds damaged tensors: {_one_line(error)}") from error
+
+
+def _tensors(path: Path, part: str) -> dict[str, Tensor]:
+    """Those of a part; none where it has no file."""
+    file = path / f"{_plain(part)}.safetensors"
+    return load_file(file) if file.exists() else {}
+
+
+def _plain(name: str) -> str:
+    """A name that leads nowhere else; `ValueError` for any other."""
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} is no name of a file beside it")
+    return name
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -106,8 +128,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except OSError as error:
         raise DamagedCheckpoint(f"{path} holds no weights: {error.strerror}") from error
     except (RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} holds the weights of another model: {reason}") from error
+        raise UserError(f"{path} holds the weights of another model: {_one_line(error)}") from error
 
 
 def latest(run_dir: Path) -> Path:
@@ -134,7 +155,7 @@ def verify(path: Path) -> None:
     manifest = _manifest(path)
     for name, expected in manifest["files"].items():
         try:
-            found = _sha256(path / name)
+            found = _sha256(_regular(path / name))
         except OSError as error:
             raise DamagedCheckpoint(f"{path / name} cannot be read: {error.strerror}") from error
         if found != expected:
@@ -144,11 +165,11 @@ def verify(path: Path) -> None:
 def _manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     try:
-        manifest = json.loads(file.read_text("utf-8"))
+        manifest = json.loads(_regular(file).read_text("utf-8"))
         written = manifest.pop("sha256")
     except OSError as error:
         raise DamagedCheckpoint(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{file} is damaged: it is no manifest") from error
     if written != _digest(manifest) or manifest["format"] != _FORMAT:
         raise DamagedCheckpoint(f"{file} is damaged: it is not the manifest written")
@@ -156,7 +177,23 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} has format version {manifest['version']}, this everlong reads {_VERSION}"
         )
+    if not set(manifest["files"]) >= _NEEDED:
+        raise DamagedCheckpoint(
+            f"{file} is damaged: it does not name {' and '.join(sorted(_NEEDED))}"
+        )
+    for name in manifest["files"]:
+        try:
+            _plain(name)
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{file} is damaged: {error}") from error
     return manifest
+
+
+def _regular(path: Path) -> Path:
+    """`path`; `OSError` where it is a folder, a pipe or a device, which may have no end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device")
+    return path
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -250,7 +287,7 @@ def _encode(tree: Any, path: str, tensors: dict[str, Tensor], storages: set[int]
         storages.add(tensor.untyped_storage().data_ptr())
         assert path not in tensors, f"two tensors at {path}"
         tensors[path] = tensor
-        return {"tensor": path}
+        return {"tensor": path, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
     if isinstance(tree, Mapping):
         items = [[k, _encode(v, f"{path}.{k}", tensors, storages)] for k, v in tree.items()]
         return {"dict": items}
@@ -267,7 +304,12 @@ def _decode(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return tree
     (kind, value) = next(iter(tree.items()))
     if kind == "tensor":
-        return tensors[value]
+        tensor = tensors[value]
+        if [list(tensor.shape), str(tensor.dtype)] != [tree["shape"], tree["dtype"]]:
+            raise ValueError(
+                f"{value} is {list(tensor.shape)} {tensor.dtype}, not as it was written"
+            )
+        return tensor
     if kind == "dict":
         return {key: _decode(item, tensors) for key, item in value}
     items = [_decode(item, tensors) for item in value]

@@ -4,9 +4,10 @@ Nothing is measured here: each table names the command that wrote its JSON.
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from everlong.evaluation.markdown import table
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (4_096, 131_072, 1_048_576)  # bytes of one stream's state
@@ -14,12 +15,6 @@ BUDGETS = (4_096, 131_072, 1_048_576)  # bytes of one stream's state
 
 def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def link(name: str) -> str:

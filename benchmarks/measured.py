@@ -4,9 +4,10 @@ Nothing is measured here: each table's JSON names the command that wrote it.
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from everlong.evaluation.markdown import table
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -14,12 +15,6 @@ Row = dict[str, Any]
 
 def read(name: str) -> Row:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def bytes_of(count: float) -> str:

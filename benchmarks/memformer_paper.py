@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from everlong.evaluation.markdown import table
+
 RESULTS = Path(__file__).parent / "results"
 NEAR = 1.5  # a ratio up to so many times the paper's, or its part, agrees
 Row = dict[str, Any]
@@ -38,12 +40,6 @@ PUBLISHED = "memformer, encoder-decoder"
 
 def read(name: str) -> Row:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def spread(value: float, interval: float | None, digits: int = 3, sign: str = "") -> str:

@@ -187,7 +187,7 @@ def test_the_table_of_memories_is_the_registry():
     assert memory_row("attention")["bounded"] is False
 
 
-@pytest.mark.parametrize("name", ["choose", "measured"])
+@pytest.mark.parametrize("name", ["choose", "measured", "memformer_paper"])
 def test_the_tables_of_a_page_are_the_results(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None

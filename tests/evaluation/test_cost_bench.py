@@ -196,7 +196,8 @@ def test_a_measured_memory_is_read_from_its_file(found, folder, monkeypatch):
 
 def test_ratios_are_of_medians_with_the_range_of_the_rounds():
     assert ratio([4.0, 6.0, 9.0], [2.0, 2.0, 3.0]) == {"times": 3.0, "range": [2.0, 3.0]}
-    assert ratio([4.0], [2.0, 1.0, 5.0])["range"] == [2.0, 2.0]
+    assert ratio([4.0], [2.0, 1.0, 5.0]) == {"times": 2.0, "range": [2.0, 2.0]}
+    assert ratio([2.0, 1.0, 5.0], [4.0]) == {"times": 0.5, "range": [0.5, 0.5]}
 
 
 def made(read, train, far):

@@ -179,6 +179,9 @@ class Bench:
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Row:
-    """{"times": of the medians, "range": [least, most] of the rounds that both have}."""
-    both = [a / b for a, b in zip(over, under, strict=False)]
-    return {"times": median(over) / median(under), "range": [min(both), max(both)]}
+    """{"times": of the medians, "range": [least, most]}, of the rounds that both have: the first,
+    where one was timed more often."""
+    both = list(zip(over, under, strict=False))
+    each = [a / b for a, b in both]
+    times = median(a for a, _ in both) / median(b for _, b in both)
+    return {"times": times, "range": [min(each), max(each)]}

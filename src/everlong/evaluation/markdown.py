@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table, ending in a newline."""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """A Markdown table, ending in a newline; "None." where there is no row."""
+    head, found = list(head), [list(row) for row in rows]
+    lines = [head, ["---"] * len(head), *found] if found else []
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells) or "None.\n"

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from everlong.evaluation.markdown import table
 from everlong.evaluation.reliability import TITLES
 
 
@@ -10,7 +11,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
     """Markdown by name, of what `everlong bench reliability` wrote."""
     parts = result["parts"]
     return {
-        "parts": _table(
+        "parts": table(
             ("what", "tried", "failed", "which", "command"),
             (
                 (
@@ -23,7 +24,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
                 for part, found in parts.items()
             ),
         ),
-        "failures": _table(
+        "failures": table(
             ("part", "what failed", "times", "for example"),
             (
                 (part, *each)
@@ -32,11 +33,11 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
                 if found["failed"]
             ),
         ),
-        "soak": _table(
+        "soak": table(
             ("model", "tokens", "bytes of state", "resident, first tenth", "at the end", "growth"),
             map(_soaked, parts["soak"]["rows"]),
         ),
-        "damages": _table(
+        "damages": table(
             ("damage", "tried", "refused in one line", "read", "failed"),
             (
                 (row["kind"], *(f"{row[key]:,}" for key in ("tried", "refused", "read", "failed")))
@@ -91,11 +92,3 @@ FAILED = {
     "soak": _of_soak,
     "checkpoints": _of_checkpoints,
 }
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Every row a line; "none" where there is no row."""
-    head, found = list(head), [list(row) for row in rows]
-    lines = [head, ["---"] * len(head), *found] if found else []
-    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells) or "None.\n"

@@ -1,5 +1,6 @@
 """Law 5: the state keeps its shapes for ever, and it is all there is."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -111,6 +112,38 @@ def check_pure(case: Case) -> None:
             assert_states(after_again, after, what, case.bounded)
         for key, value in memory.state_dict().items():
             assert_same(value, before[key], f"{key} after reading, train mode {training}")
+
+
+def check_owned(case: Case) -> None:
+    """A state holds its bytes and no more: no leaf pins a larger buffer, and none is a view of a
+    parameter, of what was read or of what came out, which their owners may edit."""
+    memory = case.build()
+    theirs = dict.fromkeys(_storages([*memory.parameters(), *memory.buffers()]), "a parameter")
+    _owned(memory.init_state(2), theirs, "a fresh state")
+    for length in (1, memory.period, 2 * case.span(memory), 10 * case.span(memory) + 1):
+        x, mask = case.inputs(2, length), torch.ones(2, length).bool()
+        mask[1, length // 2 :] = False
+        state = None
+        for given in (None, mask, None):
+            with torch.no_grad():
+                y, state = memory(x, state, given)
+            beside = {**theirs, **dict.fromkeys(_storages([x]), "the input")}
+            beside |= dict.fromkeys(_storages([y]), "the outputs")
+            _owned(state, beside, f"the state behind a call of {length}")
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes by place."""
+    found = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+
+def _owned(state: Any, theirs: dict[int, str], what: str) -> None:
+    for path, leaf in states.flatten(state).items():
+        shared = theirs.get(leaf.untyped_storage().data_ptr())
+        assert shared is None, f"{what}: leaf {path!r} shares memory with {shared}"
+    reached, held = sum(_storages(states.leaves(state)).values()), states.num_bytes(state)
+    assert reached <= held, f"{what}: {reached} bytes reachable from {held}"
 
 
 def check_quiet(case: Case) -> None:

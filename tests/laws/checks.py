@@ -4,7 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from laws.bounds import check_bounded, check_detached, check_form, check_pure, check_quiet
+from laws.bounds import (
+    check_bounded,
+    check_detached,
+    check_form,
+    check_owned,
+    check_pure,
+    check_quiet,
+)
 from laws.cases import Case
 from laws.honesty import check_options, check_shapes
 from laws.numbers import check_accumulators, check_far, check_precision, check_saved
@@ -34,6 +41,7 @@ LAWS: dict[str, Callable[..., None]] = {
     "5 bounded": check_bounded,
     "5 detached": check_detached,
     "5 pure": check_pure,
+    "5 owned": check_owned,
     "5 quiet": check_quiet,
     "6 replay": check_replay,
     "6 checkpoint": check_checkpoint,

@@ -55,6 +55,11 @@ LIARS = {  # law: {liar: what the check says of it}
         toys.EditsInPlace: "the state passed in",
         toys.CountsInBuffer: "seen after reading",
     },
+    "5 owned": {
+        toys.KeepsViews: "bytes reachable",
+        toys.KeepsTheInput: "shares memory with the input",
+        toys.SharesParameter: "shares memory with a parameter",
+    },
     "5 quiet": {toys.TraceRounds: "under a trace", toys.DrawsInEval: "global generator"},
     "6 replay": {toys.DropsTheGenerator: "segments of", toys.HidesState: "segments of"},
     "6 checkpoint": {

@@ -40,7 +40,7 @@ class SegmentMean(Stateful):
         device, dtype = self._defaults(device, dtype)
         exact = torch.promote_types(dtype, torch.float32)
         return {
-            "mean": self.start.to(exact).expand(batch_size, -1),
+            "mean": self.start.to(exact).repeat(batch_size, 1),
             "part": torch.zeros(batch_size, self.width, device=device, dtype=exact),
             "last": torch.zeros(batch_size, 1, self.width, device=device, dtype=dtype),
             "position": torch.zeros(batch_size, device=device, dtype=torch.long),
@@ -65,7 +65,7 @@ class SegmentMean(Stateful):
         seen = torch.tanh(part + state["mean"]).to(x.dtype)
         y = self.outward(self.dropout(seen) + state["last"][:, 0].to(x.dtype))
         mean, part, position = self.finish(state["mean"], part, state["position"] + 1)
-        last = x[:, None].to(state["last"].dtype)
+        last = x[:, None].to(state["last"].dtype, copy=True)
         return y, {"mean": mean, "part": part, "last": last, "position": position}
 
     def finish(self, mean: Tensor, part: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,6 +325,30 @@ class EditsInPlace(SegmentMean):
         with torch.no_grad():
             state["position"].copy_(end["position"])
         return y, end
+
+
+class KeepsViews(SegmentMean):
+    """The cache is a view of all that the call read."""
+
+    def read(self, x, state, lengths):
+        y, end = super().read(x, state, lengths)
+        return y, {**end, "last": x.clone()[:, -1:].to(end["last"].dtype)}
+
+
+class KeepsTheInput(SegmentMean):
+    """The same, of the caller's own tensor, whole."""
+
+    def read(self, x, state, lengths):
+        y, end = super().read(x, state, lengths)
+        return y, {**end, "last": x[:, -1:].to(end["last"].dtype)}
+
+
+class SharesParameter(SegmentMean):
+    """A fresh state is the parameter itself: the next step of an optimiser edits it."""
+
+    def init_state(self, batch_size, *, device=None, dtype=None):
+        state = super().init_state(batch_size, device=device, dtype=dtype)
+        return {**state, "mean": self.start.to(state["mean"].dtype).expand(batch_size, -1)}
 
 
 class CountsInBuffer(SegmentMean):

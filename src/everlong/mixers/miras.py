@@ -228,7 +228,7 @@ class Miras(Stateful):
             self.config,
             self.config.num_heads,
         )
-        weights = tuple(w.to(device, exact).expand(batch_size, *w.shape) for w in self.start)
+        weights = tuple(w.to(device, exact).repeat(batch_size, *[1] * w.dim()) for w in self.start)
         zero = torch.zeros((), device=device, dtype=exact)
         state: dict[str, Any] = {"weights": weights}
         if config.algorithm != "gd":

@@ -84,7 +84,7 @@ def _replaced(buffer: Tensor, values: Tensor, place: int) -> Tensor:
     it."""
     parts = [buffer[:, :place], values, buffer[:, place + values.shape[1] :]]
     parts = [part for part in parts if part.shape[1]]  # the gradient of an empty one is a whole one
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return torch.cat(parts, 1)  # also of one: what is kept is a copy, and not a view of more
 
 
 def _scatter(buffer: Tensor, values: Tensor, places: Tensor, lengths: Tensor | None) -> Tensor:
@@ -97,4 +97,4 @@ def _scatter(buffer: Tensor, values: Tensor, places: Tensor, lengths: Tensor | N
         return torch.where(expand_like(hit, buffer), values, buffer)
     spare = torch.cat([buffer, buffer.new_zeros(buffer.shape[0], 1, *buffer.shape[2:])], 1)
     index = expand_like(places, values).expand_as(values)
-    return spare.scatter(1, index, values)[:, :size]
+    return spare.scatter(1, index, values)[:, :size].clone()

@@ -139,7 +139,7 @@ class HMT(SegmentMemory):
         device, dtype = self._defaults(device, dtype)
         memory = self.memory.to(device, torch.promote_types(dtype, torch.float32))
         width, tail = self.config.hidden_size, self.config.tail_length
-        segment = {"recalled": memory.expand(batch_size, -1)}
+        segment = {"recalled": memory.repeat(batch_size, 1)}
         if self.config.recall:
             shape = (batch_size, self.config.recall_size, width)
             segment["cache"] = memory.new_zeros(()).expand(shape)

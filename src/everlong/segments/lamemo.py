@@ -162,11 +162,8 @@ class LookAheadAttention(Stateful):
         turned = self.reset(state, full)
         if self.last:
             return turned
-        past = states.tree_map(self._newest, state["past"], state["present"])
+        past = states.tree_map(_newest, state["past"], state["present"])
         return {**turned, "past": choose_rows(full, past, state["past"])}
-
-    def _newest(self, old: Tensor, new: Tensor) -> Tensor:
-        return torch.cat([old, new], 1)[:, -self.config.memory_length :]
 
     def _place(self, new: Tensor, old: Tensor, view: View) -> Tensor:
         """`new` [B, held, ...] at the last of the M places of rows that open their segment."""
@@ -174,9 +171,8 @@ class LookAheadAttention(Stateful):
         if view.valid is not None:
             new = torch.where(expand_like(view.valid, new), new, new.new_zeros(()))
         missing = old.shape[1] - new.shape[1]
-        if missing:
-            empty = new.new_zeros(()).expand(new.shape[0], missing, *new.shape[2:])
-            new = torch.cat([empty, new], 1)
+        empty = new.new_zeros(()).expand(new.shape[0], missing, *new.shape[2:])
+        new = torch.cat([empty, new], 1)  # a copy also where none is missing: no view is kept
         return choose_rows(view.opens, new.to(old.dtype), old)
 
     def _table(self, view: View) -> Tensor:
@@ -234,6 +230,13 @@ class LookAheadAttention(Stateful):
         if view.valid is not None:
             filled = torch.cat([view.valid, view.valid.new_ones(q.shape[0], view.end)], 1)
         return look_back(content, distance, values, view.held + view.start, filled)
+
+
+def _newest(old: Tensor, new: Tensor) -> Tensor:
+    """Of [B, M, ...] and [B, N, ...] behind it the last M, and no view of more."""
+    places = old.shape[1]
+    kept = [old[:, new.shape[1] :]] if new.shape[1] < places else []
+    return torch.cat([*kept, new[:, -places:]], 1)
 
 
 class LookAheadStack(Stateful):
@@ -393,7 +396,7 @@ class LaMemo(SegmentMemory):
         segment = {"embeddings": embeddings, "tokens": tokens}
         if full is not None:
             written = {
-                "embeddings": torch.cat([embeddings, tokens], 1)[:, -self.config.memory_length :],
+                "embeddings": _newest(embeddings, tokens),
                 "tokens": tokens.new_zeros(()).expand_as(tokens),
             }
             layers = self.core.turn(layers, full)

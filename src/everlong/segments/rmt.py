@@ -110,7 +110,7 @@ class RMT(SegmentMemory):
     def init_state(self, batch_size, *, device=None, dtype=None) -> State:
         device, dtype = self._defaults(device, dtype)
         memory = self.memory.to(device, torch.promote_types(dtype, torch.float32))
-        segment = {"memory": memory.expand(batch_size, -1, -1)}
+        segment = {"memory": memory.repeat(batch_size, 1, 1)}
         if self.config.retrieval:
             shape = (batch_size, self.config.retrieval, *memory.shape)
             segment["past"] = memory.new_zeros(()).expand(shape)
@@ -144,7 +144,7 @@ class RMT(SegmentMemory):
         ]
         (_, y, written), layers = self._read(parts, state["layers"], trace)
         if full is not None:
-            new = {"memory": written.to(memory.dtype)}
+            new = {"memory": written.to(memory.dtype, copy=True)}
             if trace is not None and trace.recording:
                 # no gate says it: the share of the new token that lies along the old one
                 alike = F.cosine_similarity(new["memory"], memory, dim=-1)

@@ -14,7 +14,7 @@ Kinds of cells, each at a length of T tokens of one stream, float32:
 B batch (1), T time, D hidden_size.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -144,7 +144,7 @@ class Subject:
         self.memory.train(kind in ("train", "replay"))
         if kind in ("train", "replay"):
             run = self.train if kind == "train" else self.replay
-            found = self._metered(lambda: run(length), length)
+            found = metered(lambda: run(length), length)
             grads = [p.grad for p in (*self.memory.parameters(), self.below) if p.grad is not None]
             found["finite"] = all(bool(grad.isfinite().all()) for grad in grads)
             self.forget()
@@ -152,15 +152,12 @@ class Subject:
         with torch.no_grad():
             if kind == "read":
                 held: list[State] = []
-                found = self._metered(lambda: held.append(self.read(length)), length)
+                found = metered(lambda: held.append(self.read(length)), length)
                 self.states[length] = held[0]
             else:
                 state = self.states[length]
-                found = self._metered(lambda: self.decode(_copy(state)), len(self.next))
+                found = metered(lambda: self.decode(_copy(state)), len(self.next))
         return found | {"state_bytes": states.num_bytes(self.states[length])}
-
-    def _metered(self, run: Callable[[], Any], tokens: int) -> Row:
-        return metered(run, tokens, [*_held(self.memory), self.below, self.inputs, *self.next])
 
     @torch.no_grad()
     def stream(self, marks: list[int], patience: float) -> tuple[int, dict[int, list[Spent]]]:
@@ -227,12 +224,11 @@ class ModelSubject:
         self.forget()
         self.model.train(cell.kind == "model train")
         if cell.kind == "model train":
-            found = metered(self.train, self.length, [*_held(self.model), self.ids])
+            found = metered(self.train, self.length)
             self.forget()
             return found
         with torch.no_grad():
-            without = [*_held(self.model), self.ids]
-            found = metered(lambda: self.decode(_copy(self.state)), self.count, without)
+            found = metered(lambda: self.decode(_copy(self.state)), self.count)
         return found | {"state_bytes": states.num_bytes(self.state)}
 
 
@@ -250,16 +246,11 @@ def model_config(name: str, config: "CostRun") -> EverlongConfig:
     )
 
 
-def metered(run: Callable[[], Any], tokens: int, without: Iterable[Tensor]) -> Row:
-    """The most bytes alive in tensors that `run` makes, `without` what was there; and FLOPs of
-    matrix products a token."""
-    with LiveBytes(without) as live, Flops() as flops:
+def metered(run: Callable[[], Any], tokens: int) -> Row:
+    """The most bytes alive in tensors that `run` makes, and FLOPs of matrix products a token."""
+    with LiveBytes() as live, Flops() as flops:
         run()
     return {"live_bytes": live.peak, "flops": flops.total / tokens}
-
-
-def _held(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def _copy(state: State) -> State:

@@ -60,16 +60,19 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 class LiveBytes(TorchDispatchMode):
     """`peak`: the most bytes alive at one time in tensors made while it is entered, each storage
-    once. A view of what was there before counts as made, unless that is named in `without`."""
+    once. What was there before (parameters, inputs) is not counted, and no view of it."""
 
-    def __init__(self, without: Iterable[Tensor] = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.without = [tensor.untyped_storage() for tensor in without]
-        self.seen: weakref.WeakSet[Any] = weakref.WeakSet(self.without)
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):  # made in here, or there before
+                self.seen.add(leaf.untyped_storage())
+        result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())

@@ -173,7 +173,7 @@ def test_the_cost_benchmark_prints_tables_and_writes_them(call, tmp_path, monkey
     words = ("bench", "cost", "rmt", "attention", "--device", "cpu", "--out", tmp_path)
     code, out, err = call(*words, "--patience", "0")
     assert code == 0, err
-    assert "attention: 2 of 2" in err
+    assert "attention, 2 of 2, is measured" in err
     lines = out.splitlines()
     assert max(map(len, lines)) <= 160
     assert [line.split()[0] for line in lines[:6]] == ["memory", "rmt", "attention"] * 2

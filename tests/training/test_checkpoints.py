@@ -187,6 +187,25 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize("missing", ["format", "files"])
+def test_a_signed_manifest_that_lacks_a_key_is_damaged(tmp_path, model, parts, missing):
+    path = checkpoints.save(tmp_path, 1, model, parts)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest[missing], manifest["sha256"]
+    manifest["sha256"] = checkpoints._digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json is damaged"):
+        checkpoints.load(path)
+
+
+def test_a_part_without_a_kind_is_damaged(tmp_path, model, parts):
+    path = checkpoints.save(tmp_path, 1, model, parts)
+    rewritten(path, lambda told: told | {"rng": {}})
+    sign(path)
+    with pytest.raises(DamagedCheckpoint, match="a part has no kind"):
+        checkpoints.load(path)
+
+
 @pytest.mark.parametrize("how", list(HOSTILE))
 def test_what_is_signed_and_is_no_checkpoint_is_refused_in_one_line(tmp_path, model, parts, how):
     path = checkpoints.save(tmp_path, 1, model, parts)

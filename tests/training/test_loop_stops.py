@@ -1,6 +1,7 @@
 """Signals, divergence, a full disk: a run stops cleanly, and goes on to the same bits."""
 
 import errno
+import json
 import math
 import os
 import resource
@@ -77,6 +78,21 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(small_model(), TEXTS, None, small_config(eval_every=0), tmp_path, on_step=ask)
     assert checkpoints.latest(tmp_path).name == "checkpoint-00000000"
+
+
+def test_a_signed_checkpoint_of_another_form_is_damaged(tmp_path):
+    config = small_config(steps=1, eval_every=0)
+    train(small_model(), TEXTS, None, config, tmp_path)
+    path = checkpoints.latest(tmp_path)
+    told = json.loads((path / "training.json").read_text())
+    (path / "training.json").write_text(json.dumps(told | {"progress": {"list": [1]}}))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["training.json"] = checkpoints._sha256(path / "training.json")
+    del manifest["sha256"]
+    manifest["sha256"] = checkpoints._digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedCheckpoint, match=r"training\.json is damaged \(TypeError"):
+        train(small_model(), TEXTS, None, config, tmp_path, resume=tmp_path)
 
 
 def test_an_older_checkpoint_can_be_resumed_by_name(tmp_path, whole):

@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
+
+_Folder = Annotated[Path, Parameter(validator=validators.Path(file_okay=False))]
 
 
-def replay(*, out: Path = Path("runs/bench")) -> None:
+def replay(*, out: _Folder = Path("runs/bench")) -> None:
     """Memory replay against back-propagation through time and gradient checkpointing.
 
     Parameters
@@ -50,7 +52,7 @@ def recall(
     *,
     family: str | None = None,
     changes: Annotated[tuple[str, ...], Parameter(name="--set", negative=())] = (),
-    out: Path = Path("runs/bench"),
+    out: _Folder = Path("runs/bench"),
 ) -> None:
     """Train the recall task, over seeds: both forms of Memformer and their controls, or a family.
 
@@ -83,7 +85,7 @@ def bytes(
     *names: str,
     tier: Literal["smoke", "laptop", "gpu"] = "laptop",
     seeds: tuple[int, ...] = (0, 1, 2),
-    out: Path = Path("runs/bench"),
+    out: _Folder = Path("runs/bench"),
 ) -> None:
     """Recall against bytes of state: pairs, overwritten pairs, a passkey, copying, updates.
 
@@ -107,7 +109,7 @@ def bytes(
     bench_bytes(names, tier, seeds, out, _say)
 
 
-def copy(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench")) -> None:
+def copy(*, seeds: tuple[int, ...] = (0, 1, 2), out: _Folder = Path("runs/bench")) -> None:
     """Copy a source across segments: RMT against Transformer-XL, with and without a curriculum.
 
     Parameters
@@ -131,7 +133,7 @@ def copy(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench")) 
     print(f"written to {out}")
 
 
-def delayed(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench")) -> None:
+def delayed(*, seeds: tuple[int, ...] = (0, 1, 2), out: _Folder = Path("runs/bench")) -> None:
     """Recall the first symbol after a delay: Stable Hadamard Memory, its ablations, and a GRU.
 
     Parameters
@@ -155,7 +157,7 @@ def delayed(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench"
     print(f"written to {out}")
 
 
-def overwriting(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench")) -> None:
+def overwriting(*, seeds: tuple[int, ...] = (0, 1, 2), out: _Folder = Path("runs/bench")) -> None:
     """Recall of keys that are written twice: sums, decays and corrections in one layer's place.
 
     Parameters
@@ -182,7 +184,7 @@ def hybrid(
     recipe: str = "hybrid_language",
     changes: Annotated[tuple[str, ...], Parameter(name="--set", negative=())] = (),
     seeds: tuple[int, ...] = (0, 1, 2),
-    out: Path = Path("runs/bench"),
+    out: _Folder = Path("runs/bench"),
 ) -> None:
     """What attention in one layer of four adds to linear layers: recall, and bits per byte.
 
@@ -209,7 +211,7 @@ def hybrid(
     bench_hybrid(recipes.load(recipe, changes), kinds, seeds, out, _say)
 
 
-def mixture(*, seeds: tuple[int, ...] = (0, 1, 2), out: Path = Path("runs/bench")) -> None:
+def mixture(*, seeds: tuple[int, ...] = (0, 1, 2), out: _Folder = Path("runs/bench")) -> None:
     """Mixture-of-Memories: room for pairs at equal cost and equal bytes; streams to keep apart.
 
     Parameters
@@ -240,7 +242,7 @@ def language(
     recipe: str = "families",
     changes: Annotated[tuple[str, ...], Parameter(name="--set", negative=())] = (),
     seeds: tuple[int, ...] = (0, 1, 2),
-    out: Path = Path("runs/bench"),
+    out: _Folder = Path("runs/bench"),
 ) -> None:
     """Bits per byte against bytes of state at equal parameters and equal tokens.
 
@@ -271,7 +273,7 @@ def cost(
     peers: Annotated[bool, Parameter(negative=())] = False,
     patience: float = 90.0,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    out: Path = Path("runs/bench"),
+    out: _Folder = Path("runs/bench"),
 ) -> None:
     """Time, peak memory, FLOPs and bytes of state against stream length, memory by memory.
 
@@ -311,7 +313,7 @@ def reliability(
     tokens: int = 10_000_000,
     damages: int = 1_300,
     seed: int = 0,
-    out: Path = Path("runs/bench"),
+    out: _Folder = Path("runs/bench"),
 ) -> None:
     """Count how often everlong breaks; about half an hour of one core.
 
@@ -346,7 +348,7 @@ def reliability(
 def memformer(
     *parts: str,
     seeds: tuple[int, ...] = (0, 1, 2),
-    out: Path = Path("runs/bench"),
+    out: _Folder = Path("runs/bench"),
 ) -> None:
     """What the Memformer paper claims, measured here again (docs/memformer_paper.md).
 
@@ -367,7 +369,7 @@ def memformer(
 
 
 def decoding(
-    *names: str, threads: tuple[int, ...] = (1, 2), out: Path = Path("runs/bench")
+    *names: str, threads: tuple[int, ...] = (1, 2), out: _Folder = Path("runs/bench")
 ) -> None:
     """Decoding of models of 30 million parameters, and of every bounded memory along its stream.
 
@@ -389,7 +391,7 @@ def decoding(
 
 
 def training(
-    *names: str, threads: tuple[int, ...] = (1, 2), out: Path = Path("runs/bench")
+    *names: str, threads: tuple[int, ...] = (1, 2), out: _Folder = Path("runs/bench")
 ) -> None:
     """How near training comes to the speed at which this machine multiplies matrices.
 

@@ -115,7 +115,7 @@ def measure(
     found = []
     with torch.random.fork_rng(), torch_threads(config.threads):
         for count, name in enumerate(wanted, 1):
-            say(f"{name}: {count} of {len(wanted)}")
+            say(f"{name}, {count} of {len(wanted)}, is measured")
             found.append(
                 resumed(
                     folder / f"{name}.json",

@@ -15,7 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,19 @@ def load(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} holds damaged tensors: {_one_line(error)}") from error
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Parts of a loaded checkpoint are used in here: `DamagedCheckpoint` where one lacks what was
+    written, as one that was edited and signed anew may."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {_one_line(error)}"
+        raise DamagedCheckpoint(f"{path / 'training.json'} is damaged ({what})") from error
+
+
 def _tensors(path: Path, part: str) -> dict[str, Tensor]:
     """Those of a part; none where it has no file."""
     file = path / f"{_plain(part)}.safetensors"
@@ -171,17 +185,16 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{file} is damaged: it is no manifest") from error
-    if written != _digest(manifest) or manifest["format"] != _FORMAT:
+    if written != _digest(manifest) or manifest.get("format") != _FORMAT:
         raise DamagedCheckpoint(f"{file} is damaged: it is not the manifest written")
-    if manifest["version"] != _VERSION:
-        raise UserError(
-            f"{path} has format version {manifest['version']}, this everlong reads {_VERSION}"
-        )
-    if not set(manifest["files"]) >= _NEEDED:
+    version, files = manifest.get("version"), manifest.get("files")
+    if version != _VERSION:
+        raise UserError(f"{path} has format version {version}, this everlong reads {_VERSION}")
+    if not isinstance(files, dict) or not set(files) >= _NEEDED:
         raise DamagedCheckpoint(
             f"{file} is damaged: it does not name {' and '.join(sorted(_NEEDED))}"
         )
-    for name in manifest["files"]:
+    for name in files:
         try:
             _plain(name)
         except ValueError as error:
@@ -302,6 +315,8 @@ def _encode(tree: Any, path: str, tensors: dict[str, Tensor], storages: set[int]
 def _decode(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(tree, dict):
         return tree
+    if not tree:
+        raise ValueError("a part has no kind")
     (kind, value) = next(iter(tree.items()))
     if kind == "tensor":
         tensor = tensors[value]

@@ -90,7 +90,9 @@ def train(
         source = Path(found)
     with learner.own_generators(), StopSignals() as signals:
         if source is not None:
-            learner.restore(checkpoints.load(source), source)
+            parts = checkpoints.load(source)
+            with checkpoints.whole(source):
+                learner.restore(parts, source)
         session = _Session(learner, run_dir, signals, on_step)
         try:
             session.open(source, about or {})

@@ -85,7 +85,138 @@ def training() -> str:
     return table(["model", *heads], cells)
 
 
-TABLES = {"decoding": decoding, "flat": flat, "training": training}
+def cost() -> str:
+    """Every memory alone, at equal width: what a token costs, and how that changes with length."""
+    return table(
+        [
+            *("memory", "parameters", "state", "reading, µs", "training, µs", "over that at 512"),
+            *("FLOPs", "of the peak", "peak, MB", "tokens"),
+        ],
+        (
+            [
+                row["name"],
+                f"{row['parameters'] / 1e3:,.0f} K",
+                bytes_of(row["state_bytes"]) + ("" if row["bounded"] else ", grows"),
+                f"{row['read']['took']:,.0f}",
+                f"{row['train']['took']:,.0f}",
+                ranged(row["train"]),
+                f"{row['train']['flops'] / 1e6:,.1f} M",
+                f"{row['train']['peak_fraction']:.2f}",
+                f"{row['train']['live_bytes'] / 1e6:,.0f}",
+                f"{row['train']['length']:,}",
+            ]
+            for row in sorted(read("cost")["summary"], key=lambda row: row["train"]["took"])
+        ),
+    )
+
+
+def cost_decoding() -> str:
+    """Every memory alone: a decoded token far into a stream against one near its start."""
+    found = read("cost")
+    memories = {memory["name"]: memory for memory in found["memories"]}
+    rows = sorted(found["summary"], key=lambda row: row["decode"]["took"])
+    return table(
+        ["memory", "µs a token", "behind", "time, over that at 1,024", "FLOPs and bytes, over"],
+        (
+            [
+                row["name"],
+                f"{row['decode']['took']:,.0f}",
+                f"{row['decode']['length']:,}",
+                ranged(row["decode"]["pairs"]),
+                counted(memories[row["name"]]),
+            ]
+            for row in rows
+        ),
+    )
+
+
+def counted(memory: Row) -> str:
+    """FLOPs and bytes of a decoded token at the last position over those at 1,024: no clock."""
+    rows = [row for row in memory["rows"] if row["kind"] == "decode"]
+    near = next(row for row in rows if row["length"] >= 1024)
+    flops, size = (rows[-1][key] / near[key] for key in ("flops", "live_bytes"))
+    return f"{flops:.3f}, {size:.3f}"
+
+
+def cost_models() -> str:
+    """Every memory as a language model, all of equal parameters."""
+    rows = sorted(read("cost")["summary"], key=lambda row: row["model"]["train"]["took_cpu"])
+    return table(
+        ["model", "state", "training, µs a token", "of the peak", "peak, MB", "FLOPs a token",
+         "decoding, µs a token"],
+        (
+            [
+                row["name"],
+                bytes_of(row["model"]["state_bytes"]) + ("" if row["bounded"] else ", grows"),
+                f"{row['model']['train']['took_cpu']:,.0f}",
+                f"{row['model']['train']['peak_fraction']:.2f}",
+                f"{row['model']['train']['live_bytes'] / 1e6:,.0f}",
+                f"{row['model']['train']['flops'] / 1e6:,.0f} M",
+                f"{row['model']['decode']['took_cpu']:,.0f}",
+            ]
+            for row in rows
+        ),
+    )  # fmt: skip
+
+
+def peers() -> str:
+    """Whole models of other packages, each with ours beside it."""
+    own: dict[tuple[str, str], dict[tuple[str, int], Row]] = {}
+    for row in read("model-peers")["rows"]:
+        own.setdefault((row["beside"], row["form"]), {})[row["kind"], row["length"]] = row
+    lengths = sorted({at for cells in own.values() for kind, at in cells if kind == "decode"})
+    lines = []
+    for (beside, form), cells in sorted(own.items(), key=lambda item: item[0][0]):
+        train = next(row for (kind, _), row in cells.items() if kind == "train")
+        decode = [cells["decode", at] for at in (lengths[0], lengths[-1])]
+        lines.append([form if form != beside else f"**{form}**"])
+        for row in (train, *decode):
+            lines[-1].append(f"{row['tokens_per_second']:,.0f}")
+            lines[-1].append(ranged(row["times_theirs"]) if "times_theirs" in row else "")
+        lines[-1] += [bytes_of(row["state_bytes"]) for row in decode]
+    what = ["training", *(f"decoding at {at:,}" for at in (lengths[0], lengths[-1]))]
+    heads = [head for each in what for head in (f"{each}, tokens/s", "times theirs")]
+    heads += [f"state at {at:,}" for at in (lengths[0], lengths[-1])]
+    return table(["model", *heads], lines)
+
+
+def remembered() -> str:
+    """Share of questions answered by every memory, the best first, and the bytes it holds."""
+    found = read("bytes")["summary"]
+    asked = list(found[0]["asked"])
+    return table(
+        ["memory", "state", "all", *asked],
+        (
+            [
+                row["name"],
+                bytes_of(row["state_bytes"]) + ("" if row["bounded"] else ", grows"),
+                *(
+                    f"{value:.2f} ± {spread:.2f}"
+                    for value, spread in (
+                        (row["mean"], row["interval"]),
+                        *(row["asked"][what] for what in asked),
+                    )
+                ),
+            ]
+            for row in found
+        ),
+    )
+
+
+def ranged(found: Row) -> str:
+    """A ratio of medians and its range over the rounds."""
+    low, high = found["range"]
+    return f"{found['times']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+TABLES = {
+    "decoding": decoding,
+    "flat": flat,
+    "training": training,
+    "cost": cost,
+    "cost decoding": cost_decoding,
+    "cost models": cost_models,
+}
 
 
 if __name__ == "__main__":

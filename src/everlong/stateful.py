@@ -64,7 +64,8 @@ class Stateful(nn.Module):
     3. Causal. Output t does not depend on input > t.
     4. Rows. A row alone equals the row in a batch; a masked position is removed from its row's
        stream, whatever it holds; a row masked for a whole call keeps its state bit for bit.
-    5. Bounded. A bounded state has its shapes from `init_state` on, for ever.
+    5. Bounded. A bounded state has its shapes from `init_state` on, for ever; it holds its bytes
+       and no more, and shares memory with no parameter, input or output.
     6. Replay. Gradients under memory replay equal back-propagation through time.
     7. Round trip. State and model save, load and continue identically.
     8. Generate. Generation with the state equals generation without it.

@@ -21,6 +21,7 @@ from everlong.evaluation.reliability import (
     fuzz,
     kills,
     measure,
+    page,
     soak,
 )
 from everlong.evaluation.reliability import checkpoints as damaged
@@ -447,3 +448,11 @@ def test_without_hypothesis_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     with pytest.raises(UserError, match=r"everlong\[dev\]"):
         counted(toys.SegmentMean)
+
+
+def test_the_page_is_the_result():
+    text = PAGE.read_text()
+    for name, table in page.tables(json.loads(RESULT.read_text())).items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        found = text.partition(start)[2].partition(end)[0]
+        assert found == table, f"put evaluation.reliability.page.tables(...)[{name!r}] there"

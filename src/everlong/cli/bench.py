@@ -315,7 +315,7 @@ def reliability(
     seed: int = 0,
     out: _Folder = Path("runs/bench"),
 ) -> None:
-    """Count how often everlong breaks; about half an hour of one core.
+    """Count how often everlong breaks; about an hour and a half of one core.
 
     What is finished in the folder is read from there.
 

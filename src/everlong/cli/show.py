@@ -20,7 +20,7 @@ def show(name: str) -> None:
     print(f"{name} ({entry.room}/), {entry.paper}\n")
     print(inspect.getdoc(entry.cls) or entry.keeps)
     print(f"\nBytes of state of one stream at width 256: {row['bytes']:,}{grows}.")
-    print(f"\nOptions (`--set model.{_place(entry)}.KEY=VALUE` in a recipe):")
+    print(f"\nOptions (`--set model.{_place(entry)}.KEY=VALUE`, or in a recipe):")
     for field in dataclasses.fields(entry.config):
         print(f"  {field.name} = {_default(field)}")
     about = inspect.getdoc(entry.config)

@@ -148,7 +148,10 @@ def plot_cost(found: Sequence[Mapping[str, Any]], clock: str, png: Path) -> None
                 lengths |= set(x)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        ticks = sorted(lengths)
+        ticks: list[int] = []
+        for length in sorted(lengths, reverse=True):  # what lies too close to be read has no label
+            if not ticks or length <= 0.7 * ticks[-1]:
+                ticks.append(length)
         axes.set_xticks(ticks, [f"{length:,}" for length in ticks], rotation=30, fontsize=8)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_title(title, fontsize=10)

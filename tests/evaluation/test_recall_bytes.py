@@ -86,6 +86,10 @@ def test_the_command_writes_all_and_trains_nothing_twice(monkeypatch, tmp_path, 
     for _ in range(2):
         assert main([*words, "1", "--out", str(tmp_path)]) == 0
         told = json.loads((tmp_path / "bytes.json").read_text())
+        assert told["chance"] == pytest.approx(
+            {"mqar": 1 / 16, "overwritten": 1 / 16, "passkey": 1 / 8, "copy": 1 / 8,
+             "updates": 1 / 17}
+        )  # fmt: skip
         assert {(row["name"], row["seed"], row["asked"]) for row in told["rows"]} == {
             (name, seed, asked)
             for name in ("retnet", "attention")

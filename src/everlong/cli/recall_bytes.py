@@ -30,6 +30,7 @@ def bench_bytes(
     table = Table(box=None, pad_edge=False)
     for name in ("memory", "bytes of state", *bench.ASKED, "mean"):
         table.add_column(name, justify="left" if name == "memory" else "right")
+    guessed = bench.chance(run)
     for row in bench.summary(rows):
         table.add_row(
             row["name"],
@@ -37,10 +38,13 @@ def bench_bytes(
             *(_cell(*row["asked"][asked]) for asked in bench.ASKED),
             _cell(row["mean"], row["interval"]),
         )
+    table.add_row("chance", "", *(f"{guessed[asked]:.2f}" for asked in bench.ASKED), "")
     console().print(table)
     for name, seconds in left.items():
         print(f"left out: {name}, whose step takes {seconds:.2f} s")
     bench.write(out / "bytes.json", tier, run, rows, left)
+    if tier == "smoke":
+        print("a smoke run shows that all of it runs: its order says nothing")
     print(f"{len(seeds)} seeds; written to {out}")
 
 

@@ -114,6 +114,12 @@ class Mixture:
         return ScoredBatch(inputs, scored, torch.ones_like(inputs, dtype=torch.bool)), batch
 
 
+def chance(run: BytesRun) -> dict[str, float]:
+    """By what is asked: the share that one who has seen nothing answers."""
+    by = {name: task.chance for name, (_, task) in Mixture(run).tasks.items()}
+    return {asked: by["mqar" if asked == "overwritten" else asked] for asked in ASKED}
+
+
 def training(run: BytesRun, seed: int) -> Iterator[ScoredBatch]:
     """`run.steps` batches, of each task in turn, stage by stage; no item twice, but the shortest,
     of which there are few."""
@@ -266,20 +272,22 @@ def write(
     path: Path, tier: str, run: BytesRun, rows: Sequence[Row], left: Mapping[str, float]
 ) -> None:
     """Rows, summary and what was left out as JSON with provenance, and the picture beside it."""
-    found = summary(rows)
+    found, guessed = summary(rows), chance(run)
     write_results(
         path,
         f"everlong bench bytes --tier {tier}",
         asdict(run),
         summary=found,
+        chance=guessed,
         left_out=dict(left),
         rows=list(rows),
     )
-    plot(found, path.with_suffix(".png"))
+    plot(found, guessed, path.with_suffix(".png"))
 
 
-def plot(found: Sequence[Row], path: Path) -> None:
-    """A panel for all questions together and one for each, accuracy over bytes of state."""
+def plot(found: Sequence[Row], guessed: Mapping[str, float], path: Path) -> None:
+    """A panel for all questions together and one for each, accuracy over bytes of state; dotted is
+    chance."""
     figure = Figure(figsize=(15, 9), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
     for axes, asked in zip(panels, ("all", *ASKED), strict=True):
@@ -294,6 +302,8 @@ def plot(found: Sequence[Row], path: Path) -> None:
             axes.annotate(
                 row["name"], (row["state_bytes"], value), (4, 2), textcoords="offset points", size=6
             )
+        line = mean(guessed.values()) if asked == "all" else guessed[asked]
+        axes.axhline(line, color="tab:gray", linestyle=":")
         axes.set(xscale="log", ylim=(-0.03, 1.05), title=asked, xlabel="bytes of state")
         axes.set_ylabel("share answered")
         axes.grid(alpha=0.3)

@@ -188,7 +188,7 @@ def remembered() -> str:
         ["memory", "state", "all", *asked],
         (
             [
-                row["name"],
+                row["name"] + (f", {row['diverged']} diverged" if row["diverged"] else ""),
                 bytes_of(row["state_bytes"]) + ("" if row["bounded"] else ", grows"),
                 *(
                     f"{value:.2f} ± {spread:.2f}"

@@ -74,6 +74,19 @@ def test_bytes_are_those_of_one_stream():
     assert found["parameters"] == model.num_parameters()
 
 
+def test_a_model_that_diverged_is_said_so(monkeypatch):
+    def broken(model, *args, **options):
+        with torch.no_grad():
+            next(model.parameters()).fill_(torch.nan)
+
+    monkeypatch.setattr(bench, "fit", broken)
+    found = bench.measure_one("retnet", TINY, 0)
+    assert found["diverged"]
+    rows = [{"name": "retnet", "seed": 0, "state_bytes": 1, "asked": k, "accuracy": 0.0,
+             "parameters": 1, "diverged": True} for k in bench.ASKED]  # fmt: skip
+    assert bench.summary(rows)[0]["diverged"] == 1
+
+
 def test_a_slow_step_is_left_out_and_named():
     found = bench.measure_one("gated_deltanet", replace(TINY, patience=1e-9), 0)
     assert found.keys() == {"left_out"}

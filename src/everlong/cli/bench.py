@@ -97,8 +97,9 @@ def bytes(
     names
         Memories from `everlong list`; all of them if left out.
     tier
-        smoke is a minute and only shows that all runs; laptop half an hour, without the memories
-        whose step takes long; gpu trains larger models of all of them longer, on CUDA.
+        smoke is a minute and only shows that all runs; laptop three quarters of an hour on two
+        cores, half of that on four, without the memories whose step takes long; gpu trains larger
+        models of all of them longer, on CUDA.
     seeds
         One training each, of every memory; --seeds 0 --seeds 1 for two.
     out

@@ -33,7 +33,7 @@ def bench_bytes(
     guessed = bench.chance(run)
     for row in bench.summary(rows):
         table.add_row(
-            row["name"],
+            row["name"] + (f", {row['diverged']} diverged" if row["diverged"] else ""),
             f"{row['state_bytes']:,}" + ("" if row["bounded"] else " (grows)"),
             *(_cell(*row["asked"][asked]) for asked in bench.ASKED),
             _cell(row["mean"], row["interval"]),

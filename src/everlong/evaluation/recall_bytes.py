@@ -57,7 +57,7 @@ class BytesRun:
     segment_length: int = 16  # also of caches and windows
     length: int = 64  # T
     test_items: int = 256  # of each task
-    patience: float = 0.5  # with items of full length
+    patience: float = 0.8  # with items of full length
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -151,7 +151,8 @@ def accuracy(model: EverlongForCausalLM, mixture: Mixture, seed: int, items: int
 
 def measure_one(name: str, run: BytesRun, seed: int) -> Row:
     """Train one memory's model under a seed; `left_out` holds the seconds of its step where that is
-    above the run's patience."""
+    above the run's patience. A model that `diverged` (weights that are not finite) answers nothing.
+    """
     torch.set_flush_denormal(True)  # decayed states are full of them, and they cost 4-5 times
     mixture = Mixture(run)
 
@@ -167,6 +168,7 @@ def measure_one(name: str, run: BytesRun, seed: int) -> Row:
     return {
         "accuracy": accuracy(model, mixture, seed, run.test_items),
         "parameters": model.num_parameters(),
+        "diverged": not all(bool(p.isfinite().all()) for p in model.parameters()),
         "seconds": time.perf_counter() - started,
         "git": git_sha(),
     }
@@ -237,7 +239,8 @@ def measure(
             continue
         scores = found.pop("accuracy")
         held = scores.pop("state_bytes")
-        say(f"{name}, seed {seed}: " + ", ".join(f"{scores[k]:.2f} {k}" for k in ASKED))
+        told = ", ".join(f"{scores[k]:.2f} {k}" for k in ASKED)
+        say(f"{name}, seed {seed}: {'diverged' if found.get('diverged') else told}")
         shared = {"name": name, "seed": seed, "state_bytes": held, **found}
         rows += [{**shared, "asked": k, "accuracy": scores[k]} for k in ASKED]
     order = {name: at for at, name in enumerate(wanted)}
@@ -260,6 +263,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
                 "state_bytes": own[0]["state_bytes"],
                 "parameters": own[0]["parameters"],
                 "seeds": len(seeds),
+                "diverged": len({row["seed"] for row in own if row.get("diverged")}),
                 "mean": mean(all_of),
                 "interval": interval(all_of),
                 "asked": {k: (mean(values), interval(values)) for k, values in by.items()},

@@ -182,25 +182,19 @@ def peers() -> str:
 
 def remembered() -> str:
     """Share of questions answered by every memory, the best first, and the bytes it holds."""
-    found = read("bytes")["summary"]
-    asked = list(found[0]["asked"])
-    return table(
-        ["memory", "state", "all", *asked],
-        (
+    told = read("bytes")
+    asked, rows = list(told["chance"]), []
+    for row in told["summary"]:
+        scores = [(row["mean"], row["interval"]), *(row["asked"][what] for what in asked)]
+        rows.append(
             [
                 row["name"] + (f", {row['diverged']} diverged" if row["diverged"] else ""),
                 bytes_of(row["state_bytes"]) + ("" if row["bounded"] else ", grows"),
-                *(
-                    f"{value:.2f} ± {spread:.2f}"
-                    for value, spread in (
-                        (row["mean"], row["interval"]),
-                        *(row["asked"][what] for what in asked),
-                    )
-                ),
+                *(f"{value:.2f} ± {spread:.2f}" for value, spread in scores),
             ]
-            for row in found
-        ),
-    )
+        )
+    chance = ["chance", "", "", *(f"{told['chance'][what]:.2f}" for what in asked)]
+    return table(["memory", "state", "all", *asked], [*rows, chance])
 
 
 def ranged(found: Row) -> str:
@@ -216,6 +210,8 @@ TABLES = {
     "cost": cost,
     "cost decoding": cost_decoding,
     "cost models": cost_models,
+    "peers": peers,
+    "bytes": remembered,
 }
 
 

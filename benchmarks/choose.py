@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from everlong.evaluation.markdown import table
+from everlong.evaluation.markdown import marked, table
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (4_096, 131_072, 1_048_576)  # bytes of one stream's state
@@ -78,5 +78,4 @@ TABLES = {
 }
 
 if __name__ == "__main__":
-    for name, make in TABLES.items():
-        print(f"<!-- {name} -->\n{make()}<!-- /{name} -->\n")
+    print(marked(TABLES))

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from everlong.evaluation.markdown import table
+from everlong.cli.progress import size
+from everlong.evaluation.markdown import marked, table
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -17,12 +18,9 @@ def read(name: str) -> Row:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def bytes_of(count: float) -> str:
-    """In the unit that needs the fewest digits."""
-    for unit, size in (("MB", 1e6), ("KB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
+def state_of(row: Row) -> str:
+    """Bytes of one stream's state, and whether it is bounded."""
+    return size(row["state_bytes"]) + ("" if row["bounded"] else ", grows")
 
 
 def decoding() -> str:
@@ -37,7 +35,7 @@ def decoding() -> str:
         for row in own:
             cells[-1] += [f"{1e6 / row['stream_cpu']:.0f}", f"{row['fraction']:.2f}",
                           f"{row['speed']:.1f}"]  # fmt: skip
-        cells[-1].append(bytes_of(own[0]["state_bytes"]))
+        cells[-1].append(size(own[0]["state_bytes"]))
     heads = [
         f"{what}, {layers} x {width}"
         for width, layers in shapes
@@ -58,7 +56,7 @@ def flat() -> str:
                 f"{row['positions'][str(last)]['decode_cpu']:.0f}",
                 f"{row['times_first']:.2f}",
                 f"{row['read']:,}",
-                bytes_of(row["state_bytes"]),
+                size(row["state_bytes"]),
             ]
             for row in rows
         ),
@@ -96,7 +94,7 @@ def cost() -> str:
             [
                 row["name"],
                 f"{row['parameters'] / 1e3:,.0f} K",
-                bytes_of(row["state_bytes"]) + ("" if row["bounded"] else ", grows"),
+                state_of(row),
                 f"{row['read']['took']:,.0f}",
                 f"{row['train']['took']:,.0f}",
                 ranged(row["train"]),
@@ -134,8 +132,8 @@ def counted(memory: Row) -> str:
     """FLOPs and bytes of a decoded token at the last position over those at 1,024: no clock."""
     rows = [row for row in memory["rows"] if row["kind"] == "decode"]
     near = next(row for row in rows if row["length"] >= 1024)
-    flops, size = (rows[-1][key] / near[key] for key in ("flops", "live_bytes"))
-    return f"{flops:.3f}, {size:.3f}"
+    flops, held = (rows[-1][key] / near[key] for key in ("flops", "live_bytes"))
+    return f"{flops:.3f}, {held:.3f}"
 
 
 def cost_models() -> str:
@@ -147,7 +145,7 @@ def cost_models() -> str:
         (
             [
                 row["name"],
-                bytes_of(row["model"]["state_bytes"]) + ("" if row["bounded"] else ", grows"),
+                state_of(row | row["model"]),
                 f"{row['model']['train']['took_cpu']:,.0f}",
                 f"{row['model']['train']['peak_fraction']:.2f}",
                 f"{row['model']['train']['live_bytes'] / 1e6:,.0f}",
@@ -173,7 +171,7 @@ def peers() -> str:
         for row in (train, *decode):
             lines[-1].append(f"{row['tokens_per_second']:,.0f}")
             lines[-1].append(ranged(row["times_theirs"]) if "times_theirs" in row else "")
-        lines[-1] += [bytes_of(row["state_bytes"]) for row in decode]
+        lines[-1] += [size(row["state_bytes"]) for row in decode]
     what = ["training", *(f"decoding at {at:,}" for at in (lengths[0], lengths[-1]))]
     heads = [head for each in what for head in (f"{each}, tokens/s", "times theirs")]
     heads += [f"state at {at:,}" for at in (lengths[0], lengths[-1])]
@@ -189,7 +187,7 @@ def remembered() -> str:
         rows.append(
             [
                 row["name"] + (f", {row['diverged']} diverged" if row["diverged"] else ""),
-                bytes_of(row["state_bytes"]) + ("" if row["bounded"] else ", grows"),
+                state_of(row),
                 *(f"{value:.2f} ± {spread:.2f}" for value, spread in scores),
             ]
         )
@@ -216,5 +214,4 @@ TABLES = {
 
 
 if __name__ == "__main__":
-    for name, make in TABLES.items():
-        print(f"<!-- {name} -->\n{make()}<!-- /{name} -->\n")
+    print(marked(TABLES))

@@ -10,7 +10,7 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from everlong.evaluation.markdown import table
+from everlong.evaluation.markdown import marked, table
 
 RESULTS = Path(__file__).parent / "results"
 NEAR = 1.5  # a ratio up to so many times the paper's, or its part, agrees
@@ -414,5 +414,4 @@ TABLES = {
 
 
 if __name__ == "__main__":
-    for name, make in TABLES.items():
-        print(f"<!-- {name} -->\n{make()}<!-- /{name} -->\n")
+    print(marked(TABLES))

@@ -1,6 +1,6 @@
 """Tables as the pages of the docs have them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -9,3 +9,10 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [head, ["---"] * len(head), *found] if found else []
     cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
     return "".join(f"| {' | '.join(line)} |\n" for line in cells) or "None.\n"
+
+
+def marked(tables: Mapping[str, Callable[[], str]]) -> str:
+    """Every table between the marks that a page has around it, ending in a newline."""
+    return "\n".join(
+        f"<!-- {name} -->\n{make()}<!-- /{name} -->\n" for name, make in tables.items()
+    )
